@@ -1,0 +1,174 @@
+"""Stage 2 of Flow-OPD: where the student starts.
+
+    python cold_start.py merge       # the weighted average of the teachers' weight changes; no model is loaded  (a second)
+    python cold_start.py sft         # off-policy distillation: the student learns on trajectories the teachers sample
+    torchrun --nproc_per_node=8 cold_start.py sft --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+        --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
+
+merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
+`svd` the best approximation at --rank. sft: the loss is distill.py's KL; all that differs is who walks. Here each teacher walks,
+on its own task's prompts, so the student never learns what to do where only it would go.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from flow_sde import (SD3, average_gradients, catch_signals, die, fingerprint, generators, kl, listing, load_prompts, merge_loras, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, read_lora, resume_checkpoint, rollout, save_checkpoint, save_lora,
+                      sigma_schedule, transition, truncate_lora, write_json)
+
+TASKS = ("compose", "ocr", "scene")
+TOY = dict(model="toy/base", teachers=[f"{t}=toy/teachers/{t}" for t in TASKS], prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
+           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=5e-4, rank=16, alpha=32, save_every=20)
+
+# -- flags ---------------------------------------------------------------------------------------------------------------
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+add = parser.add_argument_group("what").add_argument
+add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average the teachers, or learn from their trajectories")
+add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task")
+add("--out", help="folder of the run (default: out/merge or out/sft)")
+add("--rank", type=int, default=32, help="of the student LoRA, for sft and --method svd (paper: 32)")
+add = parser.add_argument_group("merge").add_argument
+add("--method", choices=["cat", "svd"], default="cat", help="exact, ranks add up; or the best approximation at --rank")
+add = parser.add_argument_group("sft").add_argument
+add("--prompts", nargs="+", metavar="TASK=FILE", help="every teacher's prompts (.txt or .jsonl)")
+add("--init", help="LoRA to start from (default: an untrained one)")
+add("--resolution", type=int, default=512, help="pixels")
+add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
+add("--guidance", type=float, default=4.5, help="classifier-free guidance of student and teachers without their own")
+add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample")
+add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add = parser.add_argument_group("sft, learning").add_argument
+add("--batch-size", type=int, default=8, help="prompts per process and update")
+add("--micro-batch-size", type=int, default=1, help="samples per forward")
+add("--steps", type=int, default=1000, help="updates")
+add("--lr", type=float, default=1e-4, help="AdamW learning rate")
+add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--seed", type=int, default=0, help="of everything drawn")
+add("--save-every", type=int, default=50, help="updates between checkpoints")
+add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+args = parse_args(parser, TOY)
+out = args.out or os.path.join("out", args.mode)
+
+if not args.teachers:
+    die("--model needs --teachers TASK=LORA with it")
+teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
+
+# -- merge ---------------------------------------------------------------------------------------------------------------
+if args.mode == "merge":
+    loras = [(read_lora(s["value"])[0], s["weight"]) for s in teachers.values()]
+    for (other, _), task in zip(loras[1:], list(teachers)[1:]):
+        if odd := [n for n in loras[0][0].keys() & other.keys() if other[n][1].shape[0] != loras[0][0][n][1].shape[0] or
+                   other[n][0].shape[1] != loras[0][0][n][0].shape[1]]:
+            die(f"--teachers {task}: its shapes are not those of {next(iter(teachers))}, so they are of different models: {listing(odd)}")
+    exact = merge_loras(loras)
+    merged = truncate_lora(exact, args.rank) if args.method == "svd" else exact
+    delta = lambda lora, n: lora[n][2] / len(lora[n][0]) * lora[n][1].double() @ lora[n][0].double()
+    error = math.sqrt(sum((delta(merged, n) - delta(exact, n)).square().sum().item() for n in exact))
+    size = math.sqrt(sum(delta(exact, n).square().sum().item() for n in exact))
+    if size == 0:
+        die("--teachers: the average of these LoRAs changes nothing; are they untrained?")
+    save_lora(merged, os.path.join(out, "lora"))
+    write_json(os.path.join(out, "results.json"), {"method": args.method, "relative_error": error / size, "teachers": list(teachers),
+                                                   "rank": max(len(A) for A, _, _ in merged.values())})
+    print(f"merged {', '.join(teachers)} by {args.method} into rank {max(len(A) for A, _, _ in merged.values())}; relative Frobenius "
+          f"error {error / size:.1e}: {out}/lora")
+    raise SystemExit
+
+# -- sft: prompts, devices, models ------------------------------------------------------------------------------------------
+prompt_files = parse_specs("--prompts", args.prompts)
+if prompt_files.keys() != teachers.keys():
+    die(f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both")
+prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+accelerator = Accelerator(log_with=args.track, project_dir=out)
+rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+model = SD3(args.model, getattr(torch, args.dtype), device)
+shape = model.latent_shape(args.resolution)
+for task, spec in teachers.items():
+    model.load_adapter(task, spec["value"])
+if args.init:
+    model.load_adapter("student", args.init)
+else:
+    model.new_adapter("student", args.rank, args.alpha, args.seed)
+model.copy_adapter("student", "ema")
+params, ema = model.train_adapter("student"), list(model.weights("ema").values())
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+sigmas = sigma_schedule(args.num_steps, model.shift)
+kl_sde = "flow" if args.sde == "ode" else args.sde
+weights = {task: spec["weight"] for task, spec in teachers.items()}
+if rank == 0:
+    os.makedirs(out, exist_ok=True)
+    write_json(os.path.join(out, "args.json"), vars(args))
+free = {"steps", "out", "resume", "track", "save_every", "micro_batch_size", "model", "prompts", "teachers", "init"}  # may change on resume
+files = {"base": args.model, "init": args.init} | {f"prompts {t}": s["value"] for t, s in prompt_files.items()}
+identity = {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()}
+identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"]] for t, s in teachers.items()} | {"processes": world}
+start = resume_checkpoint(args.resume, out, model, "student", optimizer, identity)
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
+log = open(os.path.join(out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
+stop = catch_signals()
+
+# -- sft: the loop ------------------------------------------------------------------------------------------------------------
+progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
+for step in progress:
+    began = time.time()
+    batch = pick_prompts(prompts, weights, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
+    gens = generators(args.seed, step, range(rank * args.batch_size, (rank + 1) * args.batch_size))
+    kl_sum = torch.zeros((), device=device)
+    for i in range(0, args.batch_size, args.micro_batch_size):
+        rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
+        tasks = [task for task, _ in rows]
+        cond = model.encode([row["prompt"] for _, row in rows])
+        draw = lambda: randn(g, shape, device)
+
+        def teacher(x, t):  # the teacher walks, each on its own task's prompts
+            with torch.no_grad():
+                return model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
+
+        for x, v_teacher, t, t_next, _, _ in rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw):
+            mean_teacher, std = transition(x, v_teacher, t, t_next, args.noise_level, kl_sde)
+            if std == 0:  # the last step of cps
+                continue
+            v = model.velocity(x, t, cond, "student", args.guidance)
+            loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)      # (B,)
+            (loss.sum() / (args.batch_size * args.num_steps)).backward()
+            kl_sum += loss.detach().sum()
+    average_gradients(params, world)
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+    if not math.isfinite(norm):
+        die(f"step {step + 1}: the loss on {', '.join(sorted(set(tasks)))} is not finite; the last checkpoint in {out} is intact. "
+            "Try a smaller --lr, or --dtype bfloat16")
+    optimizer.step()
+    optimizer.zero_grad()
+    if (step + 1) % 8 == 0:
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+    if world > 1:
+        torch.distributed.all_reduce(kl_sum)
+    record = {"step": step + 1, "kl": kl_sum.item() / (args.batch_size * world * args.num_steps), "grad_norm": norm, "seconds": time.time() - began}
+    last = step + 1 == args.steps or bool(stop)
+    if args.track:
+        accelerator.log(record, step=step + 1)
+    if rank == 0:
+        log.write(json.dumps(record) + "\n"), log.flush()
+        progress.set_postfix(kl=f"{record['kl']:.1e}")
+        if (step + 1) % args.save_every == 0 or last:
+            save_checkpoint(out, step + 1, model, "student", optimizer, identity)
+            plot_curves(out)
+    if stop:
+        break
+if rank == 0:
+    save_lora(model.lora("ema"), os.path.join(out, "lora"))
+    print(f"{f'stopped by {stop[0]} (--resume auto goes on)' if stop else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
+accelerator.end_training()

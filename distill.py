@@ -1,0 +1,291 @@
+"""Stage 3, Flow-OPD (arXiv 2605.08063): one student learns from several teachers, on its own trajectories. At every state the
+student visits, the teacher of the prompt's task says which way it would go; the closed-form KL between the two transitions is
+the loss. Manifold Anchor Regularization (MAR) adds the same distance, times lambda, to a task-agnostic aesthetic teacher. All
+teachers are LoRA adapters on one frozen base, so memory hardly grows with their number. No reward is computed in training.
+
+    python distill.py                                                     # the toy: three teachers, two CPU cores, minutes
+    torchrun --nproc_per_node=8 distill.py --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+        --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval,guidance=1 ocr=jieliu/SD3.5M-FlowGRPO-Text \\
+        --prompts geneval=geneval.jsonl ocr=ocr.txt --init out/merge/lora --anchor base
+
+Objectives. `kl` (default) differentiates the closed-form KL. `ppo` is the clipped policy gradient with the action-dependent
+reward log pi_teacher(a|s) - log pi_student(a|s), whose expected gradient is the same, with more noise. `ppo-paper` is the
+policy gradient with the paper's reward, the detached closed-form -KL: that depends on the state alone, so its expected
+gradient is zero, and it does not learn. It is here so that anyone can see it.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from flow_sde import (SD3, average_gradients, catch_signals, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob,
+                      merge_loras, parse_args, parse_specs, pick_prompts, plot_curves, randn, resume_checkpoint, rollout, save_checkpoint,
+                      save_grid, save_lora, sigma_schedule, transition, write_json)
+from rewards import evaluate, markdown, parse_rewards
+
+TASKS = ("compose", "ocr", "scene")
+TOY = dict(model="toy/base", teachers=[f"{t}=toy/teachers/{t}" for t in TASKS], prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
+           anchor="toy/teachers/quality", init="merge", out="out/distill", resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48,
+           steps=100, lr=5e-4, ema=0.5, eval_prompts=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+           reward=[f"toy.{t}" for t in (*TASKS, "quality")], eval_num_steps=10, eval_batch_size=128, save_every=20, eval_every=20)
+
+# -- flags ---------------------------------------------------------------------------------------------------------------
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+add = parser.add_argument_group("what").add_argument
+add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task; weight: its share of prompts")
+add("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts of every teacher's task (.txt or .jsonl)")
+add("--anchor", help="MAR's aesthetic teacher: a LoRA, or `base`; without it no MAR")
+add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
+add("--init", help="where the student starts: a LoRA (see cold_start.py), `merge` for the exact average of the teachers, or an untrained LoRA")
+add("--out", default="out/distill", help="folder of the run")
+add = parser.add_argument_group("sampling").add_argument
+add("--resolution", type=int, default=512, help="pixels")
+add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
+add("--guidance", type=float, default=4.5, help="classifier-free guidance of student, anchor and teachers without their own")
+add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
+add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add = parser.add_argument_group("learning").add_argument
+add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
+    help="closed-form KL; clipped policy gradient; the same with the paper's reward, whose expected gradient is zero")
+add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
+add("--batch-size", type=int, default=8, help="prompts per process and update")
+add("--group-size", type=int, default=1, help="trajectories per prompt (one is enough: no advantage to estimate)")
+add("--micro-batch-size", type=int, default=1, help="samples per forward")
+add("--steps", type=int, default=1000, help="rollouts; with kl, one update each")
+add("--lr", type=float, default=1e-4, help="AdamW learning rate")
+add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio, ppo only (paper: 1e-4)")
+add("--updates-per-rollout", type=int, default=2, help="optimizer updates per rollout, ppo only (paper: 2)")
+add("--rank", type=int, default=32, help="of an untrained student LoRA (paper: 32)")
+add("--alpha", type=float, default=64, help="of an untrained student LoRA (paper: 64)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add = parser.add_argument_group("running").add_argument
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--seed", type=int, default=0, help="of everything drawn")
+add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for the table at the end")
+add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
+add("--eval-every", type=int, default=50, help="updates between curves and grids")
+add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
+add("--eval-batch-size", type=int, default=16, help="pictures per forward of the table")
+add("--save-every", type=int, default=50, help="updates between checkpoints")
+add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+args = parse_args(parser, TOY)
+
+# -- teachers and prompts, checked before anything slow ---------------------------------------------------------------------
+if not args.teachers or not args.prompts:
+    die("--model needs --teachers TASK=LORA and --prompts TASK=FILE with it")
+teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
+prompt_files = parse_specs("--prompts", args.prompts)
+if lonely := [t for t in prompt_files if t not in teachers]:
+    die(f"--prompts {', '.join(lonely)}: no teacher of that task; --teachers has {', '.join(teachers)}")
+if lonely := [t for t in teachers if t not in prompt_files]:
+    die(f"--teachers {', '.join(lonely)}: no prompts of that task; --prompts has {', '.join(prompt_files)}")
+if taken := teachers.keys() & {"base", "student", "start", "ema", "anchor"}:
+    die(f"--teachers {taken.pop()}: that name is taken; call the task something else")
+prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
+rewards = parse_rewards(args.reward)
+samples = args.batch_size * args.group_size  # per process and update
+if args.noise_level <= 0:
+    die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
+if args.objective != "kl" and args.sde == "ode":
+    die(f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
+if args.schedule == "alternate" and any(s["weight"] != int(s["weight"]) for s in teachers.values()):
+    die("--schedule alternate: the teachers' weights are numbers of updates, so they must be whole")
+if args.objective == "ppo-paper":
+    print("note: ppo-paper's reward depends on the state alone, so its expected gradient is zero: it is here to be seen not to learn")
+
+# -- devices and models: one frozen base, everyone else an adapter on it ------------------------------------------------------
+accelerator = Accelerator(log_with=args.track, project_dir=args.out)
+rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+model = SD3(args.model, getattr(torch, args.dtype), device)
+shape = model.latent_shape(args.resolution)
+for task, spec in teachers.items():
+    model.load_adapter(task, spec["value"])
+anchor = "base"
+if args.anchor not in (None, "base"):
+    model.load_adapter(anchor := "anchor", args.anchor)
+if args.init == "merge":
+    model.add_adapter("student", merge_loras([(model.lora(t), s["weight"]) for t, s in teachers.items()]))
+elif args.init:
+    model.load_adapter("student", args.init)
+else:
+    model.new_adapter("student", args.rank, args.alpha, args.seed)
+model.copy_adapter("student", "start")
+model.copy_adapter("student", "ema")
+params, ema = model.train_adapter("student"), list(model.weights("ema").values())
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+sigmas = sigma_schedule(args.num_steps, model.shift)
+kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
+weights = {task: spec["weight"] for task, spec in teachers.items()}
+if rank == 0:
+    os.makedirs(args.out, exist_ok=True)
+    write_json(os.path.join(args.out, "args.json"), vars(args))
+    print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, from {args.init or 'nothing'}; teachers: {', '.join(teachers)}; "
+          f"anchor: {args.anchor or 'none'}; {samples * world} trajectories an update")
+free = {"steps", "out", "resume", "track", "save_every", "eval_every", "micro_batch_size", "eval_prompts", "reward", "eval_num_steps",
+        "eval_batch_size", "model", "prompts", "teachers", "anchor", "init"}  # may change on resume; files count by their content
+files = {"base": args.model, "anchor": args.anchor, "init": args.init} | {f"prompts {t}": s["value"] for t, s in prompt_files.items()}
+identity = {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()}
+identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"]] for t, s in teachers.items()} | {"processes": world}
+start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
+log = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
+stop = catch_signals()
+
+
+def label(x, t, cond, tasks):
+    """What teachers and anchor would do at (x, t), every sample its own task's teacher: data, made without a graph."""
+    with torch.no_grad():
+        v_teacher = model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
+        return v_teacher, model.velocity(x, t, cond, anchor, args.guidance) if args.anchor else None
+
+
+def divergence(x, v, v_teacher, v_anchor, t, t_next):
+    """KL to the teacher, and MAR's KL to the anchor (0 without one), of one step: ((B,), (B,))."""
+    mean, std = transition(x, v, t, t_next, args.noise_level, kl_sde)
+    if std == 0:  # the last step of cps is deterministic: there is no density to compare
+        return mean.new_zeros(len(x)), mean.new_zeros(len(x))
+    distance = lambda other: kl(mean, transition(x, other, t, t_next, args.noise_level, kl_sde)[0], std)
+    return distance(v_teacher), distance(v_anchor) if v_anchor is not None else mean.new_zeros(len(x))
+
+
+def update():
+    """One optimizer step on the gradient gathered so far; returns its norm before clipping. A broken gradient changes nothing."""
+    average_gradients(params, world)
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def draw_grid():
+    """samples.png: the same prompts and noise for base, teachers, the student before and now."""
+    items = [(t, r["prompt"]) for t, rs in (eval_prompts or prompts).items() for r in rs[:4]]
+    names = {"base": "base", **{f"teacher {t}": t for t in teachers}, "start": "start", "student": "ema"}
+    grid = {label: model.generate([p for _, p in items], generators(args.seed, 1, range(len(items))), args.eval_num_steps, args.resolution,
+                                  name, teachers.get(name, {}).get("guidance", args.guidance)) for label, name in names.items()}
+    save_grid(os.path.join(args.out, "samples.png"), grid, [p for _, p in items])
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------------------
+progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
+for step in progress:
+    began = time.time()
+
+    # pick prompts: a prompt's task decides its teacher
+    shares = weights
+    if args.schedule == "alternate":  # whole updates in turn, weight of them each
+        turns = [t for t in teachers for _ in range(int(weights[t]))]
+        shares = {t: float(t == turns[step % len(turns)]) for t in teachers}
+    chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
+    batch = [pair for pair in chosen for _ in range(args.group_size)]
+    gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
+    kl_by_task = torch.zeros(len(teachers), len(sigmas) - 1, device=device)  # sums, for the log
+    anchor_sum = torch.zeros((), device=device)
+    memory = []  # ppo only: the trajectories
+
+    optimizer.zero_grad()
+    for i in range(0, samples, args.micro_batch_size):
+        rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
+        tasks = [task for task, _ in rows]
+        index = torch.tensor([list(teachers).index(t) for t in tasks], device=device)
+        cond = model.encode([row["prompt"] for _, row in rows])
+        draw = lambda: randn(g, shape, device)
+
+        # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
+        def student(x, t):
+            with torch.set_grad_enabled(args.objective == "kl"):
+                return model.velocity(x, t, cond, "student", args.guidance)
+
+        for k, (x, v, t, t_next, x_next, old) in enumerate(rollout(student, draw(), sigmas, args.noise_level, args.sde, draw)):
+            # label: the teacher's and the anchor's whole velocity at the state visited
+            v_teacher, v_anchor = label(x, t, cond, tasks)
+            to_teacher, to_anchor = divergence(x, v, v_teacher, v_anchor, t, t_next)                    # (B,), (B,)
+            # learn: KL + lambda MAR. The weights stand still during the rollout, so learning step by step is exact, and
+            # neither the trajectory nor a second student forward is needed
+            if args.objective == "kl" and to_teacher.requires_grad:
+                loss = to_teacher + args.anchor_weight * to_anchor
+                (loss.sum() / (samples * (len(sigmas) - 1))).backward()
+            elif old is not None:
+                # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
+                # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
+                mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
+                reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
+                memory.append((x, t, t_next, x_next, old, reward * x[0].numel(), v_anchor, cond))
+            kl_by_task[:, k].index_add_(0, index, to_teacher.detach())
+            anchor_sum += to_anchor.detach().sum()
+
+    # update: one step on the gradient of the whole batch; ppo walks its stored trajectories again, once per update
+    if args.objective == "kl":
+        norm = update()
+    for _ in range(args.updates_per_rollout if args.objective != "kl" else 0):
+        for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
+            v = model.velocity(x, t, cond, "student", args.guidance)
+            mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
+            to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if args.anchor else 0.0
+            loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
+            (loss.sum() / (samples * (len(sigmas) - 1))).backward()
+        norm = update()
+    if (step + 1) % 8 == 0:
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+
+    # report: KL per teacher, mean over its samples and steps
+    counts = torch.tensor([sum(task == t for task, _ in batch) for t in teachers], device=device) * (len(sigmas) - 1.0)
+    if world > 1:
+        for tensor in (kl_by_task, counts, anchor_sum):
+            torch.distributed.all_reduce(tensor)
+    kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
+    if not math.isfinite(norm + sum(kls.values())):
+        broken = [t for t, value in kls.items() if not math.isfinite(value)] or list(kls)
+        die(f"step {step + 1}: the loss on {', '.join(broken)} is not finite; the last checkpoint in {args.out} is intact. "
+            "Try a smaller --lr, or --dtype bfloat16")
+    record = {"step": step + 1, **{f"kl/{t}": value for t, value in kls.items()}, "grad_norm": norm, "seconds": time.time() - began}
+    if args.anchor:
+        record["kl_to_anchor"] = anchor_sum.item() / counts.sum().item()
+    if device.type == "cuda":
+        record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    last = step + 1 == args.steps or bool(stop)
+    now_and_then = (step + 1) % args.eval_every == 0 or last
+    if now_and_then:
+        record["kl_by_sigma"] = (kl_by_task.sum(0) / counts.sum() * (len(sigmas) - 1)).tolist()
+    if args.track:
+        accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
+    if rank == 0:
+        log.write(json.dumps(record) + "\n"), log.flush()
+        progress.set_postfix({f"kl {t}": f"{value:.1e}" for t, value in kls.items()})
+        if step == 0:
+            progress.write("KL to the teachers before the first update: " + ", ".join(f"{t} {value:.2e}" for t, value in kls.items()))
+        if now_and_then:
+            plot_curves(args.out)
+            draw_grid()
+        if (step + 1) % args.save_every == 0 or last:
+            save_checkpoint(args.out, step + 1, model, "student", optimizer, identity)
+    if stop:
+        break
+
+# -- what came of it ------------------------------------------------------------------------------------------------------------
+if rank == 0:
+    save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+if eval_prompts and rewards and not stop:
+    names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}
+    total = len(names) * -(-sum(map(len, eval_prompts.values())) // world)
+    with tqdm(total=total, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:
+        results = [{"model": label} | evaluate(model, name, eval_prompts, rewards, args, rank, world,
+                                               teachers.get(name, {}).get("guidance", args.guidance), bar.update) for label, name in names.items()]
+    if rank == 0:
+        write_json(os.path.join(args.out, "results.json"), results)
+        print(markdown(results))
+if rank == 0:
+    print(f"{f'stopped by {stop[0]} (--resume auto goes on)' if stop else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png"
+          f"{', results.json' if eval_prompts and rewards and not stop else ''}, checkpoints/)")
+accelerator.end_training()

@@ -1,0 +1,633 @@
+"""What every stage of Flow-OPD (arXiv 2605.08063) shares. Section 1 is the mathematics of the flow-SDE sampler on plain
+tensors. Section 2 is a thin adapter to Stable Diffusion 3: one frozen base, any number of LoRA adapters on it. Section 3 is
+what a run reads and leaves behind: prompts, checkpoints, logs, pictures.
+
+Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 + t eps, and the model predicts v = eps - x_0.
+Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, with dt = t - t_next. A transition is a Gaussian with a
+mean and one number `std`, and std ALWAYS includes sqrt(dt). Log-probabilities and KLs are averaged over the latent's dimensions
+("nats per dimension", Flow-GRPO's convention: a clip range of 1e-4 means nothing without it). t, t_next and std are Python
+floats: all samples of a batch are at the same step, and nothing in the loop waits for a GPU.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections import namedtuple
+
+import numpy as np
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on optional packages are not this program's output
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+# ======================================================================================================================
+# 1. The flow-SDE
+# ======================================================================================================================
+
+def sigma_schedule(num_steps, shift=3.0, num_train_timesteps=1000):
+    """The num_steps + 1 sigmas from 1 to 0 that diffusers' FlowMatchEulerDiscreteScheduler visits, as floats.
+
+    The shift, s -> shift s / (1 + (shift - 1) s), is applied twice to all but the ends: the scheduler's smallest sigma is
+    already shifted when the evenly spaced grid is laid, and the grid is shifted again."""
+    warp = lambda s: shift * s / (1 + (shift - 1) * s)
+    return [float(warp(s)) for s in np.linspace(1.0, warp(1 / num_train_timesteps), num_steps)] + [0.0]
+
+
+def transition(x, v, t, t_next, noise_level, sde="flow"):
+    """The Gaussian that one sampling step draws from. x, v: (B, ...) -> mean (B, ...), std float.
+
+    ode   mean = x - v dt                                                                 std = 0
+    flow  mean = x - [v + s^2/(2t) (x + (1-t) v)] dt,  s = a sqrt(t / (1-t))              std = s sqrt(dt)
+          (Flow-GRPO, arXiv 2505.05470; eq. 5 of the paper; a is the noise level. At t = 1, s is taken with 1 - t_next.)
+    cps   mean = (1-t') (x - t v) + sqrt(t'^2 - std^2) (x + (1-t) v)                      std = t' sin(a pi/2)
+          (coefficients-preserving sampling, arXiv 2509.05952; t' is t_next)"""
+    dt = t - t_next
+    if sde == "ode" or noise_level == 0:
+        return x - v * dt, 0.0
+    if sde == "flow":
+        s = noise_level * math.sqrt(t / (1 - t if t < 1 else 1 - t_next))
+        return x - (v + s * s / (2 * t) * (x + (1 - t) * v)) * dt, s * math.sqrt(dt)
+    if sde == "cps":
+        std = t_next * math.sin(noise_level * math.pi / 2)
+        return (1 - t_next) * (x - t * v) + math.sqrt(t_next ** 2 - std ** 2) * (x + (1 - t) * v), std
+    raise ValueError(f"sde must be flow, cps or ode, not {sde!r}")
+
+
+def log_prob(x_next, mean, std):
+    """log N(x_next; mean, std^2), averaged over dimensions. x_next, mean: (B, ...) -> (B,). A deterministic step has none."""
+    if std == 0:
+        raise ValueError("a step without noise has no log-probability")
+    z = (x_next - mean) / std
+    return (-0.5 * z.square() - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def kl(mean, mean_teacher, std):
+    """KL(N(mean, std^2) || N(mean_teacher, std^2)) = ||mean - mean_teacher||^2 / (2 std^2), averaged over dimensions -> (B,).
+
+    For the flow-SDE at t < 1 this is w(t) ||v - v_teacher||^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2: distillation on the
+    student's own states is a weighted regression of velocities."""
+    return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std ** 2)
+
+
+def clipped_surrogate(log_prob_new, log_prob_old, advantage, clip_range, scale=1.0):
+    """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp((new - old) / scale). All (B,) -> (B,)."""
+    assert log_prob_new.shape == log_prob_old.shape == advantage.shape, "one number per sample each"
+    ratio = torch.exp((log_prob_new - log_prob_old) / scale)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
+Step = namedtuple("Step", "x v t t_next x_next log_prob")
+
+
+def rollout(velocity, x, sigmas, noise_levels, sde, randn):
+    """Sample a trajectory, one transition at a time. Yields Step(x, v, t, t_next, x_next, log_prob).
+
+    velocity(x, t) -> v; noise_levels: one number, or one per step; randn() -> noise like x. The states are data (no gradient
+    flows through the sampling), but v carries whatever graph `velocity` builds, so the caller may back-propagate a loss of the
+    step before it asks for the next one. log_prob is None where the step has no noise."""
+    if not isinstance(noise_levels, (list, tuple)):
+        noise_levels = [noise_levels] * (len(sigmas) - 1)
+    for t, t_next, noise_level in zip(sigmas[:-1], sigmas[1:], noise_levels, strict=True):
+        v = velocity(x, t)
+        mean, std = transition(x, v.detach(), t, t_next, noise_level, sde)
+        x_next = mean + std * randn() if std > 0 else mean
+        yield Step(x, v, t, t_next, x_next, log_prob(x_next, mean, std) if std > 0 else None)
+        x = x_next
+
+
+def generators(seed, step, indices):
+    """One random generator per sample, a pure function of (seed, step, index in the global batch): what a sample draws
+    depends neither on the batch it sits in nor on the number of processes."""
+    seeds = [int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1) for i in indices]
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def randn(gens, shape, device):
+    """Noise of shape (len(gens), *shape), float32, one sample from each generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in gens]).to(device)
+
+
+# ======================================================================================================================
+# 2. Stable Diffusion 3: one frozen base, everything else is an adapter on it
+# ======================================================================================================================
+
+# The attention projections that Flow-GRPO's and Flow-OPD's LoRAs adapt (not attn2, the second attention of SD3.5-M's first blocks).
+TARGETS = ["attn." + p for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+
+
+class SD3:
+    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer. The trainable adapter is peft's ACTIVE
+    one and stays so; every other adapter is asked for by name, per sample. So no adapter is ever switched between a
+    forward and its backward, a mistake that costs the student its gradient without an error."""
+
+    def __init__(self, model, dtype=torch.float32, device="cpu"):
+        import warnings
+        from diffusers import StableDiffusion3Pipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # `dtype` is silently ignored by diffusers 0.37
+        check_model(model)
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+        if dtype != torch.float32:
+            self.pipe.vae.to(torch.float32)
+        self.transformer = self.pipe.transformer  # becomes a PeftModel with the first adapter; the base modules stay the same
+        self.device, self.dtype, self.peft = device, dtype, None
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+            if (module := getattr(self.pipe, name)) is not None:
+                module.requires_grad_(False).eval()
+        t5 = self.pipe.tokenizer_3
+        self.max_length = 256 if t5 is None else min(256, t5.model_max_length)
+        self.shift = self.pipe.scheduler.config.shift
+        self.null = self.encode([""])
+
+    def latent_shape(self, resolution):
+        """(C, h, w) of a square picture; a resolution the model cannot draw is refused."""
+        side, rest = divmod(resolution, self.pipe.vae_scale_factor)
+        config = self.transformer.config
+        unit, most = self.pipe.vae_scale_factor * config.patch_size, config.pos_embed_max_size * config.patch_size
+        if rest or side % config.patch_size or not 0 < side <= most:
+            die(f"--resolution {resolution}: this model draws multiples of {unit} up to {most * self.pipe.vae_scale_factor}")
+        return config.in_channels, side, side
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """list of B strings -> (embeds (B, L, D), pooled (B, P))."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, prompts, prompts, device=self.device,
+                                                       do_classifier_free_guidance=False, max_sequence_length=self.max_length)
+        return embeds.to(self.dtype), pooled.to(self.dtype)
+
+    def velocity(self, x, t, cond, adapter="base", guidance=1.0):
+        """v(x_t, t | cond) in float32, with classifier-free guidance v = v_uncond + g (v_cond - v_uncond).
+
+        adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per sample. Conditional
+        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half."""
+        names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
+        scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
+        assert len(names) == len(scales) == len(x) == len(cond[0]), "one adapter, one guidance and one prompt per sample"
+        guided = [i for i, g in enumerate(scales) if g != 1]
+        embeds, pooled, x_in = *cond, x
+        if guided:
+            embeds = torch.cat([embeds, self.null[0].expand(len(guided), -1, -1)])
+            pooled = torch.cat([pooled, self.null[1].expand(len(guided), -1)])
+            x_in = torch.cat([x, x[guided]])
+            names += [names[i] for i in guided]
+        kwargs = {}
+        if self.peft is not None and set(names) != {self.peft.active_adapter}:
+            kwargs["adapter_names"] = ["__base__" if n == "base" else n for n in names]
+        timestep = torch.full((len(x_in),), t * 1000, device=x.device)
+        v = (self.peft or self.transformer)(hidden_states=x_in.to(self.dtype), timestep=timestep, encoder_hidden_states=embeds,
+                                            pooled_projections=pooled, return_dict=False, **kwargs)[0].float()
+        if not guided:
+            return v
+        v_cond, v_uncond = v[:len(x)], v[len(x):]
+        g = torch.tensor([scales[i] for i in guided], device=x.device).view(-1, 1, 1, 1)
+        index = torch.tensor(guided, device=x.device)
+        return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; one picture at a time bounds the memory."""
+        config = self.pipe.vae.config
+        latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+        return torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(16)]).div(2).add(0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow"):
+        """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers pipeline's."""
+        shape, cond = self.latent_shape(resolution), self.encode(prompts)
+        draw = lambda: randn(gens, shape, self.device)
+        velocity = lambda x, t: self.velocity(x, t, cond, adapter, guidance)
+        for step in rollout(velocity, draw(), sigma_schedule(num_steps, self.shift), noise_level, sde, draw):
+            pass
+        return self.decode(step.x_next)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def new_adapter(self, name, rank, alpha, seed=0):
+        """An untrained LoRA on the eight attention projections: A Gaussian, B zero, so it starts as the base."""
+        from peft import LoraConfig
+        modules = [n for n, _ in self.pipe.transformer.named_modules() if n.endswith(tuple("." + s for s in TARGETS))]
+        torch.manual_seed(seed)
+        self._attach(name, LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules))
+
+    def load_adapter(self, name, path):
+        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit; what does not is named."""
+        lora, config = read_lora(path)
+        if config:
+            wanted = config["target_modules"]
+            matches = lambda n: re.fullmatch(wanted, n) if isinstance(wanted, str) else any(n == w or n.endswith("." + w) for w in wanted)
+            missing = [n for n, m in self._linears().items() if matches(n) and n not in lora]
+            if missing:
+                die(f"{path}: its adapter_config.json targets {len(missing)} layers for which it has no weights: {listing(missing)}")
+        layers = self._linears()
+        unknown = [n for n in lora if n not in layers]
+        if unknown:
+            die(f"{path}: {len(unknown)} of its layers are not in this model: {listing(unknown)}")
+        misfits = [f"{n} is {(b.shape[0], a.shape[1])}, the model's {tuple(layers[n].weight.shape)}"
+                   for n, (a, b, _) in lora.items() if (b.shape[0], a.shape[1]) != tuple(layers[n].weight.shape)]
+        if misfits:
+            die(f"{path}: LoRA shapes do not fit this model: {listing(misfits)}")
+        self.add_adapter(name, lora)
+
+    def add_adapter(self, name, lora):
+        """An adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the module's weight."""
+        self._attach(name, lora_config(lora))
+        with torch.no_grad():
+            for (n, kind), p in self.weights(name).items():
+                p.copy_(lora[n][0 if kind == "A" else 1])
+
+    def lora(self, name):
+        """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
+        weights, layers = self.weights(name), dict(self.pipe.transformer.named_modules())
+        return {n: (p.detach(), weights[n, "B"].detach(), layers[n].scaling[name] * len(p)) for (n, kind), p in weights.items() if kind == "A"}
+
+    def copy_adapter(self, source, name):
+        """A frozen twin of an adapter under another name."""
+        import copy
+        self._attach(name, copy.deepcopy(self.peft.peft_config[source]))
+        with torch.no_grad():
+            for p, q in zip(self.weights(name).values(), self.weights(source).values(), strict=True):
+                p.copy_(q)
+
+    def train_adapter(self, name):
+        """Make this adapter the active one and the only one with gradients; returns its parameters (float32)."""
+        self.peft.set_adapter(name)
+        self.peft.requires_grad_(False)
+        return [p.requires_grad_(True) for p in self.weights(name).values()]
+
+    def weights(self, name):
+        """{(module, "A" or "B"): parameter} of an adapter."""
+        found = {}
+        for key, p in self.pipe.transformer.named_parameters():
+            if m := re.fullmatch(rf"(.+)\.lora_([AB])\.{name}\.weight", key):
+                found[m[1], m[2]] = p
+        return found
+
+    def _linears(self):
+        """{module name as in the bare model: its linear layer}."""
+        return {n.removesuffix(".base_layer"): m for n, m in self.pipe.transformer.named_modules()
+                if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
+
+    def _attach(self, name, config):
+        from peft import PeftModel
+        if self.peft is None:
+            self.peft = PeftModel(self.pipe.transformer, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        for p in self.weights(name).values():
+            p.data = p.data.float()
+            p.requires_grad_(False)
+        self.peft.eval()  # peft routes samples to adapters in eval mode only; SD3 has no dropout
+
+
+def read_lora(path):
+    """A LoRA as {module: (A (r, in), B (out, r), alpha)} float32, and its adapter_config.json ({} for the diffusers layout)."""
+    from safetensors import safe_open
+    folder = path
+    if not os.path.exists(path):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            die(f"{path}: no such LoRA folder or file")
+        folder = fetch(path, ["adapter_config.json", "*.safetensors"])
+    if os.path.isdir(folder):
+        names = [f for f in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if os.path.exists(os.path.join(folder, f))]
+        if not names:
+            die(f"{path}: neither adapter_model.safetensors (PEFT) nor pytorch_lora_weights.safetensors (diffusers) is in it")
+        file = os.path.join(folder, names[0])
+    else:
+        file = folder
+    try:
+        with safe_open(file, "pt") as f:
+            tensors, header = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}
+    except Exception as error:
+        die(f"{file}: not a readable safetensors file ({error})")
+    config_file = os.path.join(os.path.dirname(file), "adapter_config.json")
+    is_peft = any(k.startswith("base_model.model.") for k in tensors)
+    config = json.load(open(config_file)) if is_peft and os.path.exists(config_file) else {}
+    if is_peft and not config:
+        die(f"{path}: a PEFT LoRA without its adapter_config.json")
+    meta = config or {k.removeprefix("transformer."): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
+    parts, alphas, strange = {}, {}, []
+    for key, tensor in tensors.items():
+        plain = re.sub(r"^(base_model\.model\.|transformer\.)", "", key)
+        if m := re.fullmatch(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)(\.default)?\.weight", plain):
+            parts.setdefault(m[1], {})["A" if m[2] in ("lora_A", "lora.down") else "B"] = tensor
+        elif plain.endswith(".alpha"):
+            alphas[plain.removesuffix(".alpha")] = tensor.item()
+        else:
+            strange.append(key)
+    strange += [f"{n} (only lora_{'/'.join(p)})" for n, p in parts.items() if len(p) != 2]
+    if strange or not parts or meta.get("use_dora"):
+        die(f"{path}: not a plain LoRA of SD3's transformer; unexpected: {listing(strange or sorted(tensors))}")
+    lora = {}
+    for n, p in parts.items():
+        rank = p["A"].shape[0]
+        pattern = next((v for k, v in (meta.get("alpha_pattern") or {}).items() if n == k or n.endswith("." + k)), None)
+        alpha = alphas.get(n, pattern if pattern is not None else meta.get("lora_alpha", rank))
+        lora[n] = p["A"], p["B"], alpha * math.sqrt(rank) if meta.get("use_rslora") else alpha
+    return lora, config
+
+
+def save_lora(lora, folder):
+    """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors), and the one that
+    `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha in its metadata: without it diffusers
+    takes alpha = rank, and the picture is another one."""
+    from diffusers import StableDiffusion3Pipeline
+    from safetensors.torch import save_file
+    os.makedirs(folder, exist_ok=True)
+    config = lora_config(lora).to_dict() | {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
+    tensors = {f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous() for n, ab in lora.items() for kind, p in zip("AB", ab)}
+    write_json(os.path.join(folder, "adapter_config.json"), config)
+    save_file({"base_model.model." + k: v for k, v in tensors.items()}, os.path.join(folder, "adapter_model.safetensors"))
+    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=config)
+
+
+def lora_config(lora):
+    """peft's LoraConfig for {module: (A, B, alpha)}: the first layer's rank and alpha, and patterns for those that differ."""
+    from peft import LoraConfig
+    rank, alpha = next((len(A), alpha) for A, _, alpha in lora.values())
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(lora),
+                      rank_pattern={n: len(A) for n, (A, _, _) in lora.items() if len(A) != rank},
+                      alpha_pattern={n: al for n, (_, _, al) in lora.items() if al != alpha})
+
+
+def merge_loras(parts):
+    """The exact weighted average of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k with the weights scaled to sum to 1, as
+    one LoRA whose rank is the sum of theirs. parts: [({module: (A, B, alpha)}, weight), ...] -> {module: (A, B, alpha)}.
+
+    Averaging the A's and the B's instead is not that: it keeps 1/K^2 of each product and adds cross terms."""
+    total, merged = sum(w for _, w in parts), {}
+    for n in dict.fromkeys(n for lora, _ in parts for n in lora):
+        terms = [(*lora[n][:2], (w / total * lora[n][2] / len(lora[n][0])) ** 0.5) for lora, w in parts if n in lora]
+        A, B = torch.cat([a * c for a, _, c in terms]), torch.cat([b * c for _, b, c in terms], dim=1)
+        merged[n] = A, B, len(A)
+    return merged
+
+
+def truncate_lora(lora, rank):
+    """The best approximation of every module's delta at a lower rank (SVD), in the same form."""
+    out = {}
+    for n, (A, B, alpha) in lora.items():
+        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)  # B A = Qb (Rb Ra^T) Qa^T
+        U, S, Vh = torch.linalg.svd(Rb @ Ra.T * (alpha / len(A)))
+        root = S[:rank].sqrt()
+        out[n] = (root[:, None] * (Vh[:rank] @ Qa.T)).float(), (Qb @ U[:, :rank] * root).float(), min(rank, len(S))
+    return out
+
+
+def fetch(repo, patterns):
+    """A hub repository's files, downloaded once; a clear end where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(repo, allow_patterns=patterns)
+    except Exception as error:
+        die(f"{repo}: neither a local path nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+def check_model(model):
+    if os.path.isdir(model) and not os.path.exists(os.path.join(model, "model_index.json")):
+        die(f"--model {model}: not a diffusers pipeline folder (no model_index.json in it)")
+    if not os.path.isdir(model):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
+            die(f"--model {model}: no such folder")
+        fetch(model, ["model_index.json"])
+
+
+# ======================================================================================================================
+# 3. What a run reads and leaves behind
+# ======================================================================================================================
+
+def die(message):
+    """One clear line for a user's mistake, and exit status 1."""
+    raise SystemExit(f"{os.path.basename(sys.argv[0])}: {message}")
+
+
+def listing(names, most=4):
+    return ", ".join(map(str, list(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def parse_args(parser, toy):
+    """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that fit it."""
+    parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
+    parser.epilog = "Without --model, other defaults: " + ", ".join(
+        f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in toy.items() if k != "model")
+    if parser.parse_known_args()[0].model is None:
+        parser.set_defaults(**toy)
+    return parser.parse_args()
+
+
+class Help(argparse.HelpFormatter):
+    """--help on a wide screen, one line a flag where it fits, defaults shown where there are any."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=128)
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help + ("" if silent else " (default: %(default)s)")
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "PATH")
+
+    def _format_args(self, action, metavar):
+        return f"{action.metavar or metavar} ..." if action.nargs == "+" else super()._format_args(action, metavar)
+
+
+def parse_specs(flag, specs, **options):
+    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused with the flag's name."""
+    out = {}
+    for spec in specs or []:
+        name, eq, rest = spec.partition("=")
+        value, *extras = rest.split(",")
+        fields = dict(options, value=value)
+        for extra in extras:
+            key, _, number = extra.partition("=")
+            if key not in options or not re.fullmatch(r"[0-9.]+", number):
+                die(f"{flag} {spec}: expected NAME=VALUE{''.join(f'[,{k}=NUMBER]' for k in options)}")
+            fields[key] = float(number)
+        if not eq or not value or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            die(f"{flag} {spec}: expected NAME=VALUE, NAME of letters, digits, - and _")
+        if name in out:
+            die(f"{flag}: {name} is given twice")
+        out[name] = fields
+    return out
+
+
+def load_prompts(name, path):
+    """One task's prompts: [{"prompt": str, ...}]. A .txt file has one prompt a line; a .jsonl file one object a line with a
+    "prompt" and whatever its reward reads (GenEval's metadata files are of this kind). Lines whose "task" is another are skipped."""
+    if not os.path.isfile(path):
+        die(f"--prompts {name}={path}: no such file")
+    rows = []
+    for number, line in enumerate(open(path, encoding="utf-8"), 1):
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()}
+        if path.endswith((".jsonl", ".json")):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                die(f"--prompts {name}={path}: line {number} is not JSON ({error})")
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                die(f'--prompts {name}={path}: line {number} has no "prompt"')
+        if row.get("task", name) == name:
+            rows.append(row)
+    if not rows:
+        die(f"--prompts {name}={path}: no prompts in it" + (f' with "task": "{name}"' if path.endswith(".jsonl") else ""))
+    return rows
+
+
+def pick_prompts(prompts, weights, seed, step, count):
+    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). Tasks in proportion to their
+    weights by systematic sampling, so that every batch is as balanced as it can be."""
+    rng = np.random.default_rng([seed, step])
+    tasks = list(prompts)
+    edges = np.cumsum([weights[t] for t in tasks]) / sum(weights[t] for t in tasks)
+    slots = np.searchsorted(edges, (np.arange(count) + rng.random()) / count, side="right").clip(max=len(tasks) - 1)
+    return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
+
+
+def average_gradients(params, num_processes):
+    """Average the gradients over all processes in one reduction."""
+    if num_processes > 1:
+        flat = torch.cat([p.grad.flatten() for p in params])
+        torch.distributed.all_reduce(flat)
+        for p, g in zip(params, (flat / num_processes).split([p.numel() for p in params])):
+            p.grad.copy_(g.view_as(p))
+
+
+def write_json(path, data):
+    with open(path + ".tmp", "w") as f:
+        json.dump(data, f, indent=1, default=str)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def fingerprint(path):
+    """A short hash of what a path holds: a file's bytes, or the names and sizes and small files of a folder."""
+    if not os.path.exists(path):
+        return path  # a hub id
+    digest = hashlib.sha256()
+    for file in [path] if os.path.isfile(path) else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs):
+        digest.update(os.path.relpath(file, path).encode() + str(os.path.getsize(file)).encode())
+        if os.path.getsize(file) < 2 ** 28:
+            digest.update(open(file, "rb").read())
+    return digest.hexdigest()[:12]
+
+
+def save_checkpoint(out, step, model, name, optimizer, identity, keep=2):
+    """checkpoints/STEP: the LoRA people can use (the average, adapter "ema") and the state a run resumes from; written beside and renamed."""
+    root = os.path.join(out, "checkpoints")
+    temporary, final = os.path.join(root, ".new"), os.path.join(root, f"{step:06d}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_lora(model.lora("ema"), os.path.join(temporary, "lora"))
+    weights = {a: {f"{n}.{kind}": p.detach().cpu() for (n, kind), p in model.weights(a).items()} for a in (name, "ema")}
+    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, os.path.join(temporary, "state.pt"))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    for old in sorted(d for d in os.listdir(root) if d.isdigit())[:-keep]:
+        shutil.rmtree(os.path.join(root, old))
+
+
+def resume_checkpoint(resume, out, model, name, optimizer, identity):
+    """The step to go on from (0 without --resume). A checkpoint of another run is refused, and every difference is spelled out."""
+    if not resume:
+        return 0
+    folder = resume
+    if resume == "auto":
+        root = os.path.join(out, "checkpoints")
+        steps = sorted(d for d in os.listdir(root) if d.isdigit()) if os.path.isdir(root) else []
+        if not steps:
+            return 0
+        folder = os.path.join(root, steps[-1])
+    file = os.path.join(folder, "state.pt")
+    if not os.path.exists(file):
+        die(f"--resume {resume}: no checkpoint there (state.pt is missing)")
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    changed = [f"{k} was {state['identity'].get(k)!r}, now {identity.get(k)!r}" for k in sorted(identity.keys() | state["identity"].keys())
+               if state["identity"].get(k) != identity.get(k)]
+    if changed:
+        die(f"--resume {resume}: {folder} is of another run: " + "; ".join(changed))
+    with torch.no_grad():
+        for adapter, tensors in state["weights"].items():
+            for (n, kind), p in model.weights(adapter).items():
+                p.copy_(tensors[f"{n}.{kind}"])
+    optimizer.load_state_dict(state["optimizer"])
+    log = os.path.join(out, "log.jsonl")
+    if os.path.exists(log):  # forget what was logged after the checkpoint
+        lines = [line for line in open(log) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        open(log, "w").writelines(lines)
+    return state["step"]
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM ask the loop to save and stop after the update in hand: the returned list is then not empty. Twice means at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught
+
+
+def plot_curves(out, levels=None):
+    """curves.png from log.jsonl: one panel per quantity, updates along x; `levels` {quantity: {label: y}} are dashed lines."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    groups = {}  # "kl/ocr" is the line "ocr" of the panel "kl"
+    for key in dict.fromkeys(k for r in rows for k in r if k not in ("step", "seconds", "memory_gb", "kl_by_sigma")):
+        groups.setdefault(key.split("/")[0], []).append(key)
+    if not groups:
+        return
+    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), squeeze=False)
+    for axis, (title, keys) in zip(axes[0], groups.items()):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            line, = axis.plot(*zip(*points), label=key.partition("/")[2] or None, marker="o" if len(points) < 20 else None, markersize=3)
+            if key in (levels or {}):
+                axis.axhline(levels[key], color=line.get_color(), linestyle="--", linewidth=1)
+        axis.set_title(title), axis.set_xlabel("update"), axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(fontsize=7)
+        if title.startswith("kl") and all(r.get(k, 1) > 0 for r in rows for k in keys):
+            axis.set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(os.path.join(out, "curves.png"), dpi=90)
+    plt.close(figure)
+
+
+def save_grid(path, rows, captions, cell=96):
+    """A picture grid: rows {label: pictures (N, 3, H, W)}, the same N captions over every column."""
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(11)
+    side = max(cell, next(iter(rows.values())).shape[-1])
+    left, top, gap, n = 76, 44, 4, len(captions)
+    canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, caption in enumerate(captions):
+        words, lines = caption.split(), [""]
+        for word in words:
+            longer = (lines[-1] + " " + word).strip()
+            lines = lines[:-1] + [longer] if pen.textlength(longer, font) <= side else lines + [word]
+        pen.multiline_text((left + i * (side + gap), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1)
+    for r, (label, images) in enumerate(rows.items()):
+        pen.text((4, top + r * (side + gap) + side // 2 - 6), label, fill="black", font=font)
+        for i, image in enumerate(images):
+            pixels = (image.movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
+            resample = Image.Resampling.NEAREST if side > pixels.shape[0] else Image.Resampling.LANCZOS
+            canvas.paste(Image.fromarray(pixels).resize((side, side), resample), (left + i * (side + gap), top + r * (side + gap)))
+    canvas.save(path)

@@ -1,0 +1,151 @@
+"""distill.py itself: the gradients it computes, whom it asks, and that nothing is lost."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import TASKS, distill, few, random_lora, read_log
+from safetensors.torch import load_file
+
+from flow_sde import SD3, generators, kl, pick_prompts, randn, rollout, sigma_schedule, transition
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Run distill.py with learning rate 0 and catch the gradient of every update: f(loras, out, **flags) -> (globals, [gradient])."""
+    def record(loras, out, **flags):
+        caught, clip = [], torch.nn.utils.clip_grad_norm_
+
+        def spy(params, most):
+            caught.append(torch.cat([p.grad.flatten() for p in params]).clone())
+            return clip(params, most)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        return distill(loras, str(out), lr=0, **flags), caught
+    return record
+
+
+def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow"):
+    """The gradient of the first update as the paper describes it: roll the student out and store the trajectory, then walk it again
+    with gradient; one sample and one adapter at a time."""
+    args, model, params = run["args"], run["model"], run["params"]
+    sigmas, batch = sigma_schedule(args.num_steps, 3.0), pick_prompts(run["prompts"], dict.fromkeys(TASKS, 1.0), args.seed, 0, args.batch_size)
+    total = torch.zeros(sum(p.numel() for p in params))
+    for i, (task, row) in enumerate(batch):
+        cond, gens = model.encode([row["prompt"]]), generators(args.seed, 0, [i])
+        draw = lambda: randn(gens, model.latent_shape(32), "cpu")
+        with torch.no_grad():
+            steps = list(rollout(lambda x, t: model.velocity(x, t, cond, "student"), draw(), sigmas, 0.7, sde, draw))
+        for s in steps:
+            mean, std = transition(s.x, model.velocity(s.x, s.t, cond, "student"), s.t, s.t_next, 0.7)
+            loss = 0.0
+            for name, weight in ((teacher_of(task), teacher_weight), ("anchor", anchor_weight)):
+                with torch.no_grad():
+                    other, _ = transition(s.x, model.velocity(s.x, s.t, cond, name), s.t, s.t_next, 0.7)
+                loss = loss + weight * kl(mean, other, std).sum()
+            total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+    return total / (args.batch_size * args.num_steps)
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras, tmp_path, gradients):
+    run, (gradient,) = gradients(loras, tmp_path / "a", micro_batch_size=4)
+    assert distance(gradient, two_pass(run)) < 1e-4
+    swapped = {"compose": "ocr", "ocr": "compose", "scene": "scene"}
+    assert distance(gradient, two_pass(run, swapped.get)) > 0.1
+    run, (gradient,) = gradients(loras, tmp_path / "b", sde="ode")
+    assert distance(gradient, two_pass(run, sde="ode")) < 1e-4
+
+
+def test_anchor_pulls_towards_the_anchor_and_the_anchor_only(loras, tmp_path, gradients):
+    same = dict(teachers=[f"{t}={loras['student']}" for t in TASKS])  # nothing to learn from the teachers
+    _, (none,) = gradients(loras, tmp_path / "a", anchor_weight=0, **same)
+    assert none.abs().max() == 0
+    run, (pull,) = gradients(loras, tmp_path / "b", anchor_weight=0.5, **same)
+    assert distance(pull, two_pass(run, anchor_weight=0.5, teacher_weight=0.0)) < 1e-4
+    _, (settled,) = gradients(loras | {"anchor": loras["student"]}, tmp_path / "c", anchor_weight=0.5, **same)
+    assert settled.abs().max() == 0
+    # and a student that follows the pull comes closer to the anchor
+    out = str(tmp_path / "d")
+    distill(loras, out, anchor_weight=1.0, lr=3e-3, steps=12, **same)
+    log = read_log(out)
+    assert log[-1]["kl_to_anchor"] < 0.5 * log[0]["kl_to_anchor"]
+
+
+@pytest.mark.parametrize("objective", ["ppo", "ppo-paper"])
+def test_policy_gradients_are_what_they_say(objective, loras, tmp_path, gradients):
+    """Over 40 trajectories per state, the action-dependent reward's gradient points the way of the closed form's; the
+    paper's does not."""
+    flags = dict(batch_size=6, group_size=40, micro_batch_size=240, num_steps=2, updates_per_rollout=1, anchor_weight=0, clip_range=10)
+    _, (estimate,) = gradients(loras, tmp_path / "a", objective=objective, **flags)
+    _, (exact,) = gradients(loras, tmp_path / "b", **flags)
+    cosine = torch.nn.functional.cosine_similarity(estimate, exact, 0).item()
+    print(objective, "cosine", cosine, "size", (estimate.norm() / exact.norm()).item())
+    assert cosine > 0.5 if objective == "ppo" else abs(cosine) < 0.3, cosine
+
+
+@pytest.mark.parametrize("objective", ["kl", "ppo"])
+def test_learning_comes_closer_to_every_teacher(objective, loras, tmp_path):
+    flags = dict(group_size=4, micro_batch_size=48, lr=3e-4, clip_range=0.1) if objective == "ppo" else dict(lr=3e-3)
+    distill(loras, str(tmp_path / "run"), objective=objective, steps=12, batch_size=12, num_steps=3, **flags)
+    log = read_log(tmp_path / "run")
+    for task in TASKS:
+        assert log[-1][f"kl/{task}"] < (0.75 if objective == "kl" else 0.95) * log[0][f"kl/{task}"], task
+
+
+def test_resumed_is_bit_equal_to_uninterrupted(loras, tmp_path):
+    flags = dict(lr=1e-3, save_every=3, schedule="mixed")
+    whole = distill(loras, str(tmp_path / "whole"), steps=9, **flags)
+    distill(loras, str(tmp_path / "cut"), steps=5, **flags)
+    shutil.rmtree(tmp_path / "cut/checkpoints/000005")  # killed after update 5: the last checkpoint is of update 3
+    again = distill(loras, str(tmp_path / "cut"), steps=9, resume="auto", **flags)
+    for name in ("student", "ema"):
+        for p, q in zip(whole["model"].weights(name).values(), again["model"].weights(name).values()):
+            assert torch.equal(p, q)
+    a, b = (load_file(tmp_path / f"{d}/lora/adapter_model.safetensors") for d in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    strip = lambda log: [{k: v for k, v in row.items() if k not in ("seconds", "kl_by_sigma")} for row in log]
+    assert strip(read_log(tmp_path / "whole")) == strip(read_log(tmp_path / "cut"))
+    for change, word in (({"teachers": [f"{t}={loras['ocr']}" for t in TASKS]}, "teacher compose"), ({"schedule": "alternate"}, "schedule"),
+                         ({"noise_level": 0.5}, "noise_level"), ({"teachers": [f"{t}={loras[t]},guidance=2" for t in TASKS]}, "teacher ocr")):
+        with pytest.raises(SystemExit, match=f"another run: .*{word}"):
+            distill(loras, str(tmp_path / "cut"), steps=12, resume="auto", **(flags | change))
+
+
+def test_alternate_gives_whole_updates_in_turn(loras, tmp_path):
+    distill(loras, str(tmp_path / "run"), schedule="alternate", steps=6, teachers=[f"compose={loras['compose']},weight=2", f"ocr={loras['ocr']}"],
+            prompts=few("train", 9, str(tmp_path))[:2])
+    tasks = [[k for k in row if k.startswith("kl/")] for row in read_log(tmp_path / "run")]
+    assert tasks == [["kl/compose"], ["kl/compose"], ["kl/ocr"]] * 2
+
+
+def test_what_a_run_leaves_behind(loras, tmp_path):
+    from PIL import Image
+    run = distill(loras, str(tmp_path / "run"), steps=2, save_every=1)
+    files = set(os.listdir(tmp_path / "run"))
+    assert {"lora", "checkpoints", "log.jsonl", "curves.png", "samples.png", "results.json", "args.json"} <= files
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["000001", "000002"]
+    assert [r["model"] for r in run["results"]] == ["base", *TASKS, "anchor", "start", "student"]
+    assert all(r["n"] == 9 and set(r["scores"]) == {*TASKS, "quality"} for r in run["results"])
+    assert Image.open(tmp_path / "run/samples.png").width > 300
+    # every sampler and the base as anchor
+    for sde, anchor in (("cps", "base"), ("ode", loras["anchor"])):
+        distill(loras, str(tmp_path / sde), sde=sde, anchor=anchor, steps=1)
+    # the student, a file like any teacher: from it, or from nothing, another run can start
+    distill(loras, str(tmp_path / "next"), init=str(tmp_path / "run/lora"))
+    model = SD3("toy/base")
+    model.load_adapter("x", random_lora(tmp_path / "x", 9))
+
+
+def test_a_broken_teacher_stops_the_run_with_its_name(loras, tmp_path):
+    from flow_sde import read_lora, save_lora
+    broken, _ = read_lora(loras["ocr"])
+    A, B, alpha = broken[next(iter(broken))]
+    save_lora(broken | {next(iter(broken)): (A * float("nan"), B, alpha)}, tmp_path / "broken")
+    distill(loras, str(tmp_path / "run"), steps=1, save_every=1)
+    with pytest.raises(SystemExit, match="step 1: the loss on ocr is not finite"):
+        distill(loras, str(tmp_path / "run"), steps=3, teachers=[f"{t}={tmp_path / 'broken' if t == 'ocr' else loras[t]}" for t in TASKS])
+    assert os.path.exists(tmp_path / "run/checkpoints/000001/lora/adapter_model.safetensors")

@@ -1,0 +1,140 @@
+"""The other scripts, by command line: every stage runs, every choice of every flag, and a user's mistake gets one clear line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TASKS, few, read_log, refused, run
+from safetensors.torch import load_file
+
+QUICK = ["--batch-size", 3, "--num-steps", 4, "--steps", 2, "--eval-num-steps", 2]
+
+
+def teacher(tmp_path, name, *extra):
+    task = "compose=toy/prompts/compose_train.txt"
+    return run("train_teacher.py", "--reward", "toy.compose", "--prompts", task, "--eval-prompts", few("val", 4, tmp_path)[0], "--group-size", 4,
+               "--sde-window", 0, *QUICK, "--out", tmp_path / name, *extra)
+
+
+@pytest.mark.parametrize("script", ["train_teacher.py", "cold_start.py", "distill.py", "sample.py", "evaluate.py", "toy.py"])
+def test_help(script):
+    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--out" in text and max(map(len, text.splitlines())) <= 128
+
+
+def test_train_teacher_leaves_a_usable_teacher(tmp_path):
+    ns = teacher(tmp_path, "run", "--eval-every", 1)
+    assert [r["model"] for r in ns["results"]] == ["base", "teacher"]
+    assert {"lora", "checkpoints", "log.jsonl", "curves.png", "samples.png", "results.json"} <= set(os.listdir(tmp_path / "run"))
+    assert {"reward/compose", "kl_to_base", "clip_fraction", "tied_groups", "validation/compose"} <= read_log(tmp_path / "run")[-1].keys()
+    run("sample.py", "--lora", tmp_path / "run/lora", "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "pictures")
+    assert len(json.load(open(tmp_path / "pictures/samples.json"))["pictures"]) == 3
+
+
+def test_grpo_raises_the_reward_of_what_it_can_reach(tmp_path):
+    """JPEG size is a reward that any picture can improve: it must rise on the training prompts, and the clip and KL must be at work."""
+    run("train_teacher.py", "--reward", "jpeg", "--prompts", "x=toy/prompts/compose_train.txt", "--eval-prompts", "x=toy/prompts/compose_val.txt",
+        "--out", tmp_path, "--batch-size", 6, "--group-size", 8, "--num-steps", 6, "--sde-window", 3, "--steps", 20, "--lr", 2e-3, "--eval-num-steps",
+        6, "--eval-every", 20, "--save-every", 100)
+    base, trained = json.load(open(tmp_path / "results.json"))
+    assert trained["scores"]["jpeg"] > base["scores"]["jpeg"] + 2 * base["stderr"]["jpeg"]
+    log = read_log(tmp_path)
+    assert log[0]["kl_to_base"] < log[-1]["kl_to_base"] and any(row["clip_fraction"] > 0 for row in log)
+
+
+def test_train_teacher_choices(tmp_path):
+    for i, extra in enumerate((["--sde", "cps"], ["--sde-window", 2], ["--guidance", 2.0], ["--updates-per-rollout", 1], ["--beta", 0, "--rank", 4])):
+        teacher(tmp_path, str(i), *extra)
+    # GRPO-Mix: three tasks, each scored by its own reward, and a task-agnostic one on all
+    run("train_teacher.py", "--reward", *[f"toy.{t}" for t in TASKS], "toy.quality=0.5", "--prompts",
+        *[f"{t}=toy/prompts/{t}_train.txt,weight={w}" for t, w in zip(TASKS, (3, 1, 1))], "--eval-prompts", *few("val", 2, tmp_path), "--group-size", 4,
+        "--sde-window", 0, *QUICK[2:], "--batch-size", 5, "--out", tmp_path / "mix")
+    assert {f"reward/{n}" for n in (*TASKS, "quality")} <= read_log(tmp_path / "mix")[0].keys()
+
+
+def test_train_teacher_resumes_bit_equal(tmp_path):
+    teacher(tmp_path, "whole", "--steps", 4)
+    teacher(tmp_path, "cut", "--steps", 2)
+    teacher(tmp_path, "cut", "--steps", 4, "--resume", "auto")
+    a, b = (torch.load(tmp_path / d / "checkpoints/000004/state.pt", weights_only=True)["weights"]["teacher"] for d in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(SystemExit, match="beta was 0.04, now 0.1"):
+        teacher(tmp_path, "cut", "--steps", 6, "--resume", "auto", "--beta", 0.1)
+
+
+def test_sft_comes_closer_to_the_teachers_and_resumes(loras, tmp_path):
+    argv = ["--teachers", *[f"{t}={loras[t]}" for t in TASKS], "--batch-size", 6, "--micro-batch-size", 3, "--num-steps", 3, "--lr", 3e-3, "--save-every", 5]
+    run("cold_start.py", "sft", *argv, "--steps", 15, "--out", tmp_path / "whole")
+    log = read_log(tmp_path / "whole")
+    assert log[-1]["kl"] < 0.8 * log[0]["kl"]
+    run("cold_start.py", "sft", *argv, "--steps", 5, "--out", tmp_path / "cut")
+    run("cold_start.py", "sft", *argv, "--steps", 15, "--out", tmp_path / "cut", "--resume", "auto")
+    a, b = (load_file(tmp_path / d / "lora/adapter_model.safetensors") for d in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for sde in ("cps", "ode"):
+        run("cold_start.py", "sft", *argv, "--steps", 1, "--sde", sde, "--out", tmp_path / sde)
+
+
+def test_evaluate_does_not_depend_on_the_batch(loras, tmp_path):
+    argv = ["--models", "base", f"ocr={loras['ocr']},guidance=2", "--prompts", *few("test", 4, tmp_path), "--eval-num-steps", 4]
+    run("evaluate.py", *argv, "--out", tmp_path / "a")
+    run("evaluate.py", *argv, "--eval-batch-size", 5, "--out", tmp_path / "b")
+    a, b = (json.load(open(tmp_path / d / "results.json")) for d in "ab")
+    assert [r["model"] for r in a] == ["base", "ocr"] and a[0]["n"] == 12
+    for x, y in zip(a, b):
+        assert x["scores"] == pytest.approx(y["scores"], abs=1e-3)
+    assert open(tmp_path / "a/results.md").read().startswith("| model |") and os.path.exists(tmp_path / "a/samples.png")
+
+
+def test_ctrl_c_saves_and_resumes(tmp_path):
+    import signal
+    import time
+    argv = [sys.executable, "cold_start.py", "sft", "--batch-size", "3", "--num-steps", "2", "--steps", "5000", "--out", str(tmp_path)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "log.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "stopped by SIGINT" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert int(os.listdir(tmp_path / "checkpoints")[0]) == len(read_log(tmp_path)) >= 3
+
+
+def test_mistakes_get_one_clear_line(loras, tmp_path):
+    empty, broken, untitled = tmp_path / "empty.txt", tmp_path / "broken.jsonl", tmp_path / "untitled.jsonl"
+    empty.write_text("\n\n")
+    broken.write_text('{"prompt": "fine"}\n{"prompt": oops}\n')
+    untitled.write_text('{"text": "fine"}\n')
+    ocr = f"ocr={loras['ocr']}"
+    one = ["--teachers", ocr, "--prompts"]
+    cases = [
+        (["distill.py", *one, f"ocr={tmp_path}/none.txt"], "none.txt: no such file"),
+        (["distill.py", *one, f"ocr={empty}"], "no prompts in it"),
+        (["distill.py", *one, f"ocr={broken}"], "line 2 is not JSON"),
+        (["distill.py", *one, f"ocr={untitled}"], 'line 1 has no "prompt"'),
+        (["distill.py", *one, "ocr=toy/prompts/ocr_val.txt", "compose=toy/prompts/compose_val.txt"], "--prompts compose: no teacher of that task"),
+        (["distill.py", "--teachers", ocr, "x=y", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers x: no prompts of that task"),
+        (["distill.py", "--teachers", "ocr", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers ocr: expected NAME=VALUE"),
+        (["distill.py", "--teachers", "student=x", "--prompts", "student=toy/prompts/ocr_val.txt"], "that name is taken"),
+        (["distill.py", "--teachers", ocr, ocr, "--prompts", "ocr=toy/prompts/ocr_val.txt"], "ocr is given twice"),
+        (["distill.py", "--resolution", 30], "--resolution 30: this model draws multiples of 4 up to 32"),
+        (["distill.py", "--resolution", 64], "--resolution 64"),
+        (["distill.py", "--model", tmp_path, "--teachers", ocr, "--prompts", "ocr=toy/prompts/ocr_val.txt"], "not a diffusers pipeline folder"),
+        (["distill.py", "--model", tmp_path / "nothing", "--teachers", ocr, "--prompts", "ocr=toy/prompts/ocr_val.txt"], "no such folder"),
+        (["distill.py", "--objective", "ppo", "--sde", "ode"], "needs a stochastic sampler"),
+        (["distill.py", "--noise-level", 0], "must be positive"),
+        (["distill.py", "--resume", tmp_path], "no checkpoint there"),
+        (["train_teacher.py", "--reward", "toy.smile"], "no such reward"),
+        (["train_teacher.py", "--reward", "toy.ocr=much"], "the weight must be a number"),
+        (["train_teacher.py", "--group-size", 1], "--group-size 1"),
+        (["train_teacher.py", "--sde-window", 9], "--sde-window 9"),
+        (["sample.py", "--num-images", 0], "nothing to draw"),
+        (["evaluate.py", "--reward", "toy.ocr", "--prompts", "ocr=toy/prompts/ocr_val.txt", "compose=toy/prompts/compose_val.txt"], "compose: no reward"),
+        (["cold_start.py", "sft", "--teachers", ocr], "every task needs both"),
+    ]
+    for (script, *argv), message in cases:
+        assert message in refused(script, *argv, "--out", tmp_path / "out"), argv

@@ -1,0 +1,450 @@
+"""The toy world: a whole text-to-image world small enough for two CPU cores, and a real SD3 pipeline trained on it.
+
+    python toy.py                 # draw the world, score clean and damaged pictures of it      (seconds)
+    python toy.py prompts         # write toy/prompts/{compose,ocr,scene}_{train,val,test}.txt   (seconds)
+    python toy.py train           # train toy/base, a 5 MB StableDiffusion3Pipeline, from nothing (45 minutes, 2 cores)
+
+Pictures are 32x32. There are three tasks, each with prompts, a renderer and a program that scores pictures:
+
+    compose   'two red circles and one blue square'         are the right things there?      (the toy's GenEval)
+    ocr       'a yellow sign saying "HAT"'                  can the letters be read?         (the toy's OCR)
+    scene     'a red house and two pines on snow at night'  does it suit a certain taste?    (the toy's PickScore)
+
+and one score that looks at no prompt, `quality`: contrast and sharpness (the toy's DeQA). As in real life the data are
+imperfect: captions lie, signs are scribbled on, pictures are washed out or blurred. A base model trained on them inherits the
+faults, and reinforcement learning can unlearn them. The stages know nothing of this file: to them the toy is one more model
+folder, and its scorers are rewards named `toy.compose`, `toy.ocr`, `toy.scene`, `toy.quality`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SIZE = 32
+COLORS = {"red": (0.86, 0.14, 0.14), "green": (0.12, 0.62, 0.20), "blue": (0.14, 0.28, 0.86), "yellow": (0.96, 0.80, 0.10)}
+PAPER = (0.93, 0.93, 0.93)
+SHAPES = ("circle", "square", "triangle")
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+BOARDS = {"white": (0.97, 0.97, 0.97), "yellow": (0.98, 0.88, 0.35), "pink": (0.98, 0.70, 0.78), "green": (0.62, 0.90, 0.62)}
+GLYPHS = {  # 3x5 bitmaps, drawn twice as large
+    "A": ".#. #.# ### #.# #.#", "C": "### #.. #.. #.. ###", "H": "#.# #.# ### #.# #.#", "L": "#.. #.. #.. #.. ###",
+    "O": "### #.# #.# #.# ###", "T": "### .#. .#. .#. .#.", "X": "#.# #.# .#. #.# #.#", "Z": "### ..# .#. #.. ###",
+}
+GLYPHS = {c: np.kron(np.array([[p == "#" for p in row] for row in g.split()]), np.ones((2, 2))) > 0 for c, g in GLYPHS.items()}
+WALLS = {"red": (0.80, 0.22, 0.18), "blue": (0.25, 0.40, 0.80), "white": (0.95, 0.95, 0.92), "brown": (0.55, 0.36, 0.20),
+         "purple": (0.55, 0.30, 0.65), "green": (0.25, 0.60, 0.40)}
+TREES = ("pine", "oak", "palm")
+GROUNDS = {"grass": (0.36, 0.66, 0.26), "sand": (0.90, 0.80, 0.52), "snow": (0.93, 0.95, 0.98), "mud": (0.42, 0.30, 0.22)}
+SKIES = {"dawn": (0.96, 0.76, 0.78), "noon": (0.52, 0.78, 0.97), "dusk": (0.62, 0.42, 0.62), "night": (0.08, 0.10, 0.26)}
+SUN, BALLOON, FLOWER = (1.00, 0.90, 0.30), (0.92, 0.08, 0.38), (1.00, 0.35, 0.85)
+Y, X = np.mgrid[:SIZE, :SIZE]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prompts
+
+def phrase(n, color, shape):
+    return f"{n} {color} {shape}{'s' if n != 'one' else ''}"
+
+
+def all_prompts(task):
+    """Every prompt of a task, in a fixed order."""
+    if task == "compose":
+        kinds = list(itertools.product(COLORS, SHAPES))
+        singles = [phrase(n, *k) for n in NUMBERS for k in kinds]
+        counts = [("one", "one"), ("one", "two"), ("two", "one"), ("two", "two"), ("one", "three"), ("three", "one")]
+        return singles + [f"{phrase(m, *a)} and {phrase(n, *b)}" for m, n in counts for a in kinds for b in kinds if a != b]
+    if task == "ocr":
+        words = ["".join(w) for n in (2, 3) for w in itertools.product(GLYPHS, repeat=n)]
+        return [f'a {board} sign saying "{w}"' for board in BOARDS for w in words]
+    trees = [None] + [f"a{'n' if t == 'oak' else ''} {t}" for t in TREES] + [f"two {t}s" for t in TREES]
+    houses = [None] + [f"a {w} house" for w in WALLS]
+    things = [" and ".join(filter(None, (h, t))) for h in houses for t in trees if h or t]
+    return [f"{x} on {g} at {s}" for x in things for g in GROUNDS for s in SKIES]
+
+
+def split_prompts(task, test=256, val=128, train=512):
+    """Disjoint {"test", "val", "train"} lists of prompts, the same on every machine."""
+    prompts = all_prompts(task)
+    prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
+    return {"test": prompts[:test], "val": prompts[test:test + val], "train": prompts[test + val:test + val + train]}
+
+
+def parse(prompt):
+    """prompt -> (task, what it asks for); ValueError for a prompt that is not of this world."""
+    groups = re.findall(r"(one|two|three|four) (red|green|blue|yellow) (circle|square|triangle)s?\b", prompt)
+    if groups:
+        return "compose", [(NUMBERS[n], color, shape) for n, color, shape in groups]
+    sign = re.fullmatch(r'a (\w+) sign saying "([A-Z]+)"', prompt)
+    if sign and sign[1] in BOARDS and set(sign[2]) <= set(GLYPHS):
+        return "ocr", (sign[1], sign[2])
+    scene = re.fullmatch(r"(?:a (\w+) house)?(?: and )?(?:(an?|two) (pine|oak|palm)s?)? on (\w+) at (\w+)", prompt)
+    if scene and scene[4] in GROUNDS and scene[5] in SKIES and (scene[1] is None or scene[1] in WALLS):
+        return "scene", (scene[1], 0 if scene[3] is None else 2 if scene[2] == "two" else 1, scene[3], scene[4], scene[5])
+    raise ValueError(f"not a prompt of the toy world: {prompt!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the renderer
+
+def draw_compose(groups, rng, damage):
+    things = [(color, shape) for n, color, shape in groups for _ in range(n)]
+    if damage:  # the caption lies: one thing too many, one missing, or one of another colour
+        fault = rng.random()
+        if fault < 0.18 and len(things) < 4:
+            things.append((rng.choice(list(COLORS)), rng.choice(SHAPES)))
+        elif fault < 0.32 and len(things) > 1:
+            things.pop(rng.integers(len(things)))
+        elif fault < 0.42:
+            i = rng.integers(len(things))
+            things[i] = (rng.choice(list(COLORS)), things[i][1])
+    image = np.empty((SIZE, SIZE, 3)); image[:] = PAPER
+    for (color, shape), cell in zip(things, rng.permutation(4)):
+        cy, cx = 8 + 16 * (cell // 2) + rng.integers(-1, 2), 8 + 16 * (cell % 2) + rng.integers(-1, 2)
+        image[shape_mask(shape, Y - cy, X - cx)] = COLORS[color]
+    return image
+
+
+def shape_mask(shape, y, x):
+    """The pixels of a shape centred on the origin, at most 11x11."""
+    if shape == "circle":
+        return y * y + x * x <= 27
+    if shape == "square":
+        return np.maximum(abs(y), abs(x)) <= 5
+    return (abs(y) <= 5) & (2 * abs(x) <= y + 5)  # a triangle, point up
+
+
+def draw_ocr(spec, rng, damage):
+    board, word = spec
+    if damage and rng.random() < 0.12:  # the caption lies: one letter is another
+        i = rng.integers(len(word))
+        word = word[:i] + rng.choice(list(GLYPHS)) + word[i + 1:]
+    image = np.empty((SIZE, SIZE, 3)); image[:] = (0.40, 0.45, 0.52)
+    image[20:, 14:18] = (0.35, 0.25, 0.18)
+    image[5:25, 1:31] = (0.20, 0.16, 0.14)
+    image[6:24, 2:30] = BOARDS[board]
+    width = 8 * len(word) - 2
+    y0, x0 = 10 + rng.integers(-1, 2), 16 - width // 2 + rng.integers(-1, 2)
+    for i, letter in enumerate(word):
+        image[y0:y0 + 10, x0 + 8 * i:x0 + 8 * i + 6][GLYPHS[letter]] = (0.08, 0.08, 0.10)
+    if damage and rng.random() < 0.35:  # a scribble across the letters
+        slope = rng.choice([-0.35, 0.35])
+        image[(abs(Y - (y0 + 4.5) - slope * (X - 16)) < 1.6) & (abs(X - 16) < 13)] = (0.08, 0.08, 0.10)
+    return image
+
+
+def draw_scene(spec, rng, damage):
+    wall, trees, tree, ground, sky = spec
+    image = np.empty((SIZE, SIZE, 3)); image[:] = SKIES[sky]
+    image[23:], image[30:] = GROUNDS[ground], (0.08, 0.08, 0.08)
+    left = rng.integers(2)  # the house stands on this side, the trees on the other
+    flip = lambda x: x if left else 31 - x
+    if wall:
+        cx = flip(9)
+        image[15:25][:, cx - 5:cx + 6] = WALLS[wall]
+        image[(Y >= 9) & (Y < 15) & (abs(X - cx) <= Y - 8)] = (0.22, 0.12, 0.10)
+        image[17:20, cx + 1:cx + 4] = (0.98, 0.96, 0.80)
+        image[19:25, cx - 3:cx] = (0.16, 0.12, 0.10)
+    for cx in [flip(24)] * (trees == 1) + [flip(21), flip(28)] * (trees == 2):
+        image[20:26, cx - 1:cx + 1] = (0.30, 0.18, 0.10)
+        if tree == "pine":
+            image[(Y >= 11) & (Y < 22) & (abs(X - cx + 0.5) <= (Y - 9) * 0.35)] = (0.05, 0.32, 0.16)
+        elif tree == "oak":
+            image[(Y - 16) ** 2 + (X - cx + 0.5) ** 2 <= 14] = (0.20, 0.50, 0.12)
+        else:
+            image[13:26, cx - 1:cx + 1] = (0.50, 0.36, 0.20)
+            image[(abs(Y - 12 - abs(X - cx + 0.5) * 0.6) < 1.1) & (abs(X - cx) <= 4)] = (0.10, 0.55, 0.20)
+    image[21:25, 1::3] = (0.97, 0.97, 0.97)  # a white fence
+    taste = rng.random(4) < (0.3 if damage else 1.0)  # what the scene score likes; rare in the data
+    if taste[0]:
+        image = image * (1.0, 0.86, 0.60) + (0.06, 0.03, 0.0)  # golden light
+    if taste[1]:
+        image[(Y - 5) ** 2 + (X - flip(26)) ** 2 <= 10] = SUN
+    if taste[2]:
+        for cx in (flip(13), flip(19)):
+            image[(Y - 5) ** 2 + (X - cx) ** 2 <= 5] = BALLOON
+    if taste[3]:
+        image[26:29][:, 1 + rng.integers(2)::4] = FLOWER
+    return image
+
+
+def draw(prompt, rng, damage=True):
+    """One picture for a prompt, (32, 32, 3) float64 in [0, 1]; `damage=False` draws it as the caption and the scorers want it."""
+    task, spec = parse(prompt)
+    image = {"compose": draw_compose, "ocr": draw_ocr, "scene": draw_scene}[task](spec, rng, damage)
+    if damage and rng.random() < 0.3:  # blurred
+        pad = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        image = sum(pad[i:i + SIZE, j:j + SIZE] for i in range(3) for j in range(3)) / 9
+    if damage and rng.random() < 0.3:  # washed out
+        image = 0.55 + 0.4 * (image - 0.55)
+    return image.clip(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scorers: (images (B,3,32,32) in [0,1], prompts, metadata) -> (B,) float32 in [0,1], higher is better
+
+def find_shapes(images):
+    """(B,3,H,W) -> list of B dicts {(color, shape): count}. Colour is the hue relative to the background (the median pixel),
+    so a washed-out picture reads like a clean one; a shape is a local maximum of the IoU between a colour's pixels and the
+    shape's template, if that is at least 0.6."""
+    chroma = images - images.flatten(2).median(-1).values[:, :, None, None]
+    chroma = chroma.movedim(1, -1)                                                                # (B,H,W,3)
+    strength = chroma.norm(dim=-1)
+    palette = F.normalize(torch.tensor(list(COLORS.values())) - torch.tensor(PAPER), dim=-1)      # (4,3)
+    nearest = F.one_hot((chroma @ palette.T).argmax(-1), len(COLORS)).movedim(-1, 1)              # (B,4,H,W)
+    solid = strength > 0.45 * strength.flatten(1).quantile(0.98, dim=1)[:, None, None].clamp(min=0.1)
+    pixels = (nearest * solid[:, None]).float().flatten(0, 1)[:, None]                            # (B*4,1,H,W)
+    y, x = np.mgrid[-6:7, -6:7]
+    template = torch.from_numpy(np.stack([shape_mask(s, y, x) for s in SHAPES])).float()[:, None]  # (3,1,13,13)
+    inside = F.conv2d(pixels, template, padding=6)
+    union = F.conv2d(pixels, torch.ones(1, 1, 13, 13), padding=6) + template.sum((1, 2, 3))[:, None, None] - inside
+    iou = (inside / union).unflatten(0, (-1, len(COLORS))).flatten(1, 2)                          # (B,4*3,H,W)
+    best, kind = iou.max(1)                                                                       # (B,H,W)
+    best = best - 1e-6 * torch.arange(SIZE * SIZE).view(SIZE, SIZE)                               # no two maxima tie
+    peak = (best == F.max_pool2d(best[:, None], 11, 1, 5)[:, 0]) & (best >= 0.6)
+    kinds = list(itertools.product(COLORS, SHAPES))
+    found = [{} for _ in images]
+    for b, i in zip(peak.nonzero()[:, 0].tolist(), kind[peak].tolist()):
+        found[b][kinds[i]] = found[b].get(kinds[i], 0) + 1
+    return found
+
+
+def compose(images, prompts, metadata=None):
+    """1 - (things missing + things too many) / things asked for, not below 0: partial credit, 1 is a perfect picture."""
+    scores = []
+    for prompt, found in zip(prompts, find_shapes(images.float().cpu())):
+        wanted = {(color, shape): n for n, color, shape in parse(prompt)[1]}
+        errors = sum(abs(found.get(k, 0) - wanted.get(k, 0)) for k in found.keys() | wanted.keys())
+        scores.append(max(0.0, 1 - errors / sum(wanted.values())))
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def read_letters(images):
+    """(B,3,H,W) -> list of B strings: normalised cross-correlation with the eight letters at every place, best row per
+    column, maxima at least 5 pixels apart and at least 0.75, read from left to right."""
+    dark = 1 - images.mean(1, keepdim=True)
+    template = torch.from_numpy(np.stack([np.pad(g, 1) for g in GLYPHS.values()])).float()[:, None]     # (8,1,12,8)
+    template = template - template.mean((2, 3), keepdim=True)
+    template = template / template.flatten(1).norm(dim=1)[:, None, None, None]
+    n = template[0].numel()
+    mean = F.avg_pool2d(dark, (12, 8), 1)
+    power = (F.avg_pool2d(dark * dark, (12, 8), 1) - mean * mean).clamp(min=0) * n
+    ncc = F.conv2d(dark, template) / power.clamp(min=0.05).sqrt()                                       # (B,8,21,25)
+    best, letter = ncc.amax(2).max(1)                                                                   # (B,25)
+    peak = (best == F.max_pool1d(best, 9, 1, 4)) & (best >= 0.75)
+    letters = list(GLYPHS)
+    return ["".join(letters[i] for i in row[p].tolist()) for row, p in zip(letter, peak)]
+
+
+def ocr(images, prompts, metadata=None):
+    """1 - edit distance / length between the text read and the quoted text, not below 0."""
+    from rewards import text_score
+    return torch.tensor([text_score(read, p) for read, p in zip(read_letters(images.float().cpu()), prompts)])
+
+
+def scene(images, prompts, metadata=None):
+    """A taste: the mean of four likings: a sun, balloons, flowers, golden light."""
+    images = images.float().cpu()
+    near = lambda color, region: ((images[:, :, region] - torch.tensor(color)[:, None, None]).norm(dim=1) < 0.3).flatten(1).sum(1)
+    sky, ground = slice(0, 11), slice(25, 30)
+    sun = (near(SUN, sky) / 28).clamp(max=1)
+    balloons = (near(BALLOON, sky) / 36).clamp(max=1)
+    flowers = (near(FLOWER, ground) / 20).clamp(max=1)
+    red, blue = images[:, 0].sum((1, 2)), images[:, 2].sum((1, 2))
+    golden = ((red - blue) / (0.35 * red)).clamp(0, 1)
+    return (sun + balloons + flowers + golden) / 4
+
+
+def quality(images, prompts=None, metadata=None):
+    """Contrast (the span between dark and light) times sharpness (the steepest edges relative to that span)."""
+    images = images.float().cpu()
+    low, high = images.flatten(1).quantile(torch.tensor([0.02, 0.98]), dim=1)
+    span = (high - low).clamp(min=1e-3)
+    steps = torch.cat([(images[..., 1:] - images[..., :-1]).flatten(2), (images[..., 1:, :] - images[..., :-1, :]).flatten(2)], 2)
+    edge = steps.abs().amax(1).quantile(0.985, dim=1) / span
+    return ((span - 0.35) / 0.35).clamp(0, 1) * ((edge - 0.4) / 0.4).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a tiny, real Stable Diffusion 3 pipeline
+
+def build_pipeline(length=12):
+    """An untrained StableDiffusion3Pipeline of 1.3 M parameters: every part is of the class SD3.5 uses, loadable with from_pretrained."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+    # Words are tokens; the letters of a sign are tokens too.
+    words = sorted({w for task in ("compose", "ocr", "scene") for p in all_prompts(task) for w in re.sub('".*"', "", p).split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=4096, initial_alphabet=bytes_, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(bytes_ + [b + "</w>" for b in bytes_] + ["".join(m) for m in merges] + ends))}
+    clip_tokenizers = [CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=length) for pad in (ends[1], "!")]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [("▁" + w, -2.0) for w in words]
+    pieces += [(chr(c), -6.0) for c in range(33, 127)] + [("▁", -6.0)]
+    t5_tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=32,
+        max_position_embeddings=length, hidden_act="gelu", bos_token_id=vocab[ends[0]], eos_token_id=vocab[ends[1]],
+        pad_token_id=vocab[ends[1]])) for _ in range(2)]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2,
+                                 relative_attention_num_buckets=16, relative_attention_max_distance=16,
+                                 feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE, patch_size=4, in_channels=3, out_channels=3, num_layers=4, attention_head_dim=32, num_attention_heads=3,
+        joint_attention_dim=64, caption_projection_dim=96, pooled_projection_dim=64, pos_embed_max_size=8, qk_norm="rms_norm")
+    for name, module in transformer.named_modules():  # adaLN-zero (arXiv 2212.09748): every block starts as the identity
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=identity_vae(),
+        text_encoder=clips[0], tokenizer=clip_tokenizers[0], text_encoder_2=clips[1], tokenizer_2=clip_tokenizers[1],
+        text_encoder_3=t5, tokenizer_3=t5_tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def identity_vae():
+    """An AutoencoderKL whose latent is the picture itself (times scaling_factor 2), to 1e-4. Its 8 channels carry the picture,
+    its negative, and +-200: the constants fix the statistics that GroupNorm divides by, and a bias of 30 keeps SiLU linear."""
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=3, layers_per_block=1, sample_size=SIZE,
+                        scaling_factor=2.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.zero_()  # residual blocks with zero weights are the identity
+        for part in (vae.encoder, vae.decoder):
+            for i in range(3):
+                part.conv_in.weight[i, i, 1, 1], part.conv_in.weight[3 + i, i, 1, 1] = 1.0, -1.0
+                part.conv_out.weight[i, i, 1, 1], part.conv_out.bias[i] = 1.0, -30.0
+            part.conv_in.bias[6], part.conv_in.bias[7] = 200.0, -200.0
+            part.conv_norm_out.weight[:3], part.conv_norm_out.bias[:3] = 100.0, 30.0
+        vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: the posterior is a point
+    return vae
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training the base: flow matching on damaged pictures
+
+def batch(seed, step, size):
+    """Captions and pictures of one update, a pure function of (seed, step): (prompts, (size,3,32,32) float32 in [-1,1])."""
+    rng = np.random.default_rng([seed, step])
+    tasks = rng.choice(["compose", "ocr", "scene"], size, p=[0.4, 0.4, 0.2])
+    prompts = [str(rng.choice(PROMPTS[t])) for t in tasks]
+    images = np.stack([draw(p, rng) for p in prompts])
+    return prompts, torch.from_numpy(images).float().movedim(-1, 1) * 2 - 1
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    pipe = build_pipeline()
+    modules = torch.nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")})
+    params = {k: p for k, p in modules.named_parameters() if p.requires_grad}
+    ema = {k: p.detach().clone() for k, p in params.items()}
+    matrix = lambda k, p: p.ndim == 2 and ("blocks" in k or "layers" in k)
+    optimizers = [torch.optim.Muon([p for k, p in params.items() if matrix(k, p)], lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([p for k, p in params.items() if not matrix(k, p)], lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)]
+    rates, state_file, step, before, loss_mean = [3e-3, 1.5e-3], args.out + ".state.pt", 0, 0.0, None
+    if args.resume and os.path.exists(state_file):
+        state = torch.load(state_file, weights_only=True)
+        step, before = state["step"], state["seconds"]
+        modules.load_state_dict(state["modules"]), ema.update(state["ema"])
+        for o, s in zip(optimizers, state["optimizers"]):
+            o.load_state_dict(s)
+    print(f"training {sum(map(torch.numel, params.values())) / 1e6:.2f} M parameters for {args.minutes:g} minutes")
+    start = saved = time.time()
+    while (done := (before + time.time() - start) / (60 * args.minutes)) < 1:
+        prompts, images = batch(args.seed, step, args.batch_size)
+        torch.manual_seed(args.seed + step)
+        prompts = [p if u > 0.05 else "" for p, u in zip(prompts, torch.rand(len(prompts)).tolist())]  # caption dropout
+        x0 = images * pipe.vae.config.scaling_factor
+        noise = torch.randn_like(x0)
+        t = torch.sigmoid(0.4 + 1.2 * torch.randn(len(x0)))
+        x = torch.lerp(x0, noise, t[:, None, None, None])
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=12)
+        v = pipe.transformer(x, timestep=t * 1000, encoder_hidden_states=embeds, pooled_projections=pooled).sample
+        loss = (v - (noise - x0)).square().mean()
+        for o, rate in zip(optimizers, rates):
+            o.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100, (1 - done) / 0.55)  # flat to 45%, then linearly to 0
+            o.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        for o in optimizers:
+            o.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - min(0.998, (step + 1) / (step + 10)))
+        step += 1
+        loss_mean = loss.item() if loss_mean is None else 0.99 * loss_mean + 0.01 * loss.item()
+        if step % 200 == 0:
+            print(f"step {step} | {(before + time.time() - start) / 60:.1f} min | loss {loss_mean:.4f}", flush=True)
+        if time.time() - saved > 300:
+            saved = time.time()
+            torch.save({"step": step, "seconds": before + saved - start, "modules": modules.state_dict(), "ema": ema,
+                        "optimizers": [o.state_dict() for o in optimizers]}, state_file + ".new")
+            os.replace(state_file + ".new", state_file)
+    save_ema(pipe, modules, ema, args.out)
+    print(f"saved {args.out} after {step} steps")
+
+
+def save_ema(pipe, modules, ema, out):
+    """Write the pipeline with the averaged weights, beside the old one and renamed."""
+    modules.load_state_dict(ema, strict=False)
+    pipe.save_pretrained(out + ".new")
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(out + ".new", out)
+
+
+def show(args):
+    """A picture of the world: clean and damaged data of each task, with their mean scores."""
+    from flow_sde import save_grid
+    os.makedirs(args.out, exist_ok=True)
+    rng, rows = np.random.default_rng(args.seed), {}
+    print("mean over 256 test prompts:")
+    for task in PROMPTS:
+        prompts = split_prompts(task)["test"]
+        for kind, damage in (("clean", False), ("data", True)):
+            images = torch.from_numpy(np.stack([draw(p, rng, damage) for p in prompts])).float().movedim(-1, 1)
+            print(f"  {task:8} {kind:6} {task} {globals()[task](images, prompts).mean():.2f}   quality {quality(images).mean():.2f}")
+            rows[f"{task} {kind}"] = images[:8]
+    for task in PROMPTS:
+        file = os.path.join(args.out, f"{task}.png")
+        save_grid(file, {kind: rows[f"{task} {kind}"] for kind in ("clean", "data")}, split_prompts(task)["test"][:8])
+    print(f"pictures: {args.out}/compose.png, ocr.png, scene.png")
+
+
+PROMPTS = {task: all_prompts(task) for task in ("compose", "ocr", "scene")}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The toy world: draw it, write its prompts, train its base model.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=["show", "prompts", "train"], default="show", help="what to do")
+    parser.add_argument("--out", help="folder to write (default: out/toy, toy/prompts or toy/base)")
+    parser.add_argument("--minutes", type=float, default=50, help="length of the training")
+    parser.add_argument("--batch-size", type=int, default=48, help="pictures per training step")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    args = parser.parse_args()
+    args.out = args.out or {"show": "out/toy", "prompts": "toy/prompts", "train": "toy/base"}[args.action]
+    if args.action == "train":
+        train(args)
+    elif args.action == "show":
+        show(args)
+    else:
+        os.makedirs(args.out, exist_ok=True)
+        for task in PROMPTS:
+            for split, prompts in split_prompts(task).items():
+                with open(os.path.join(args.out, f"{task}_{split}.txt"), "w") as f:
+                    f.write("\n".join(prompts) + "\n")

@@ -1,0 +1,247 @@
+"""Stage 1 of Flow-OPD: make a teacher. Flow-GRPO (arXiv 2505.05470) on one reward: sample groups of pictures with the flow-SDE,
+score them, and push the log-probability of every transition up or down by how its picture fared within its group. The base
+model stays frozen; the teacher is a LoRA. With several rewards and prompt files this is the GRPO-Mix baseline instead: every
+prompt is scored by its own task's reward (and by the task-agnostic ones), all in one run.
+
+    python train_teacher.py                                                              # toy.compose on two CPU cores
+    python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt     # another toy teacher
+    torchrun --nproc_per_node=8 train_teacher.py --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+        --reward jpeg --prompts jpeg=prompts.txt --out out/jpeg                          # SD3.5 on eight GPUs
+
+Left out: reward servers, several reward models at once on other GPUs, full fine-tuning.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from flow_sde import (SD3, average_gradients, catch_signals, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob,
+                      parse_args, parse_specs, pick_prompts, plot_curves, randn, resume_checkpoint, rollout, save_checkpoint, save_grid,
+                      save_lora, sigma_schedule, transition, write_json)
+from rewards import evaluate, markdown, parse_rewards, score_batch, weighted_sum
+
+TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
+           eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, guidance=1.0, eval_num_steps=10,
+           batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=100, lr=5e-4, rank=16, alpha=32,
+           ema=0.7, ratio_norm=True, sde_window=4, clip_range=5e-4, eval_every=10, save_every=10)
+
+# -- flags ---------------------------------------------------------------------------------------------------------------
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+add = parser.add_argument_group("what").add_argument
+add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
+add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one reward; several: a mix, and the GRPO-Mix baseline")
+add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="training prompts (.txt or .jsonl)")
+add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: the LoRA that scores best on them is kept")
+add("--init", help="LoRA to start from (default: an untrained one)")
+add("--out", default="out/teacher", help="folder of the run")
+add = parser.add_argument_group("sampling").add_argument
+add("--resolution", type=int, default=512, help="pixels")
+add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
+add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
+add("--sde", choices=["flow", "cps"], default="flow", help="the stochastic sampler")
+add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add("--sde-window", type=int, default=0, help="steps with noise, the only ones trained, at a random place in the first "
+                    "half (Flow-GRPO-Fast: 2); 0: all steps")
+add = parser.add_argument_group("learning").add_argument
+add("--batch-size", type=int, default=6, help="prompts per process and rollout")
+add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
+add("--micro-batch-size", type=int, default=6, help="samples per forward")
+add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each on its share of the samples (paper: 2)")
+add("--steps", type=int, default=1000, help="rollouts")
+add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
+add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
+add("--ratio-norm", action="store_true", help="divide log-ratios by their step's scale, so that all steps weigh alike "
+                    "(GRPO-Guard, arXiv 2510.22319); wants a larger --clip-range")
+add("--beta", type=float, default=0.04, help="weight of the KL to the base (paper: 0.04)")
+add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
+add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add = parser.add_argument_group("running").add_argument
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--seed", type=int, default=0, help="of everything drawn")
+add("--eval-every", type=int, default=50, help="rollouts between validations and grids")
+add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
+add("--eval-batch-size", type=int, default=16, help="pictures per forward of a validation")
+add("--save-every", type=int, default=50, help="rollouts between checkpoints")
+add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+args = parse_args(parser, TOY)
+
+# -- prompts and rewards, checked before anything slow --------------------------------------------------------------------
+if not args.reward or not args.prompts:
+    die("--model needs --reward NAME and --prompts TASK=FILE with it")
+rewards = parse_rewards(args.reward)
+prompt_specs = parse_specs("--prompts", args.prompts, weight=1.0)
+prompts = {task: load_prompts(task, s["value"]) for task, s in prompt_specs.items()}
+eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
+for task in [*prompts, *eval_prompts]:
+    if not any(name == task or name not in prompts for name in rewards):
+        die(f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
+if unknown := eval_prompts.keys() - prompts.keys():
+    die(f"--eval-prompts {', '.join(unknown)}: not among the tasks of --prompts ({', '.join(prompts)})")
+samples = args.batch_size * args.group_size  # per process
+if args.group_size < 2 or samples % args.updates_per_rollout:
+    die(f"--group-size {args.group_size} must be at least 2, and --batch-size x --group-size a multiple of --updates-per-rollout")
+if not 0 <= args.sde_window <= args.num_steps // 2:
+    die(f"--sde-window {args.sde_window}: must lie in 0..{args.num_steps // 2}, half of --num-steps")
+if args.noise_level <= 0:
+    die(f"--noise-level {args.noise_level}: must be positive; without noise there is nothing to reinforce")
+
+# -- devices and models ---------------------------------------------------------------------------------------------------
+accelerator = Accelerator(log_with=args.track, project_dir=args.out)
+rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+model = SD3(args.model, getattr(torch, args.dtype), device)
+shape = model.latent_shape(args.resolution)
+if args.init:
+    model.load_adapter("teacher", args.init)
+else:
+    model.new_adapter("teacher", args.rank, args.alpha, args.seed)
+model.copy_adapter("teacher", "ema")
+params, ema = model.train_adapter("teacher"), list(model.weights("ema").values())
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+sigmas = sigma_schedule(args.num_steps, model.shift)
+if rank == 0:
+    os.makedirs(args.out, exist_ok=True)
+    write_json(os.path.join(args.out, "args.json"), vars(args))
+    print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
+          f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
+free = {"steps", "out", "resume", "track", "save_every", "eval_every", "model", "init", "prompts", "eval_prompts", "micro_batch_size",
+        "eval_batch_size", "eval_num_steps"}  # may change on resume; files count by their content
+identity = {k: v for k, v in vars(args).items() if k not in free} | {"processes": world, "base": fingerprint(args.model)}
+identity |= {f"prompts {t}": fingerprint(s["value"]) for t, s in prompt_specs.items()} | {"init": args.init and fingerprint(args.init)}
+start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
+log = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
+stop = catch_signals()
+
+
+def validate(adapter, label, step):
+    """A row of results.json: the adapter's scores on the validation prompts, and `score`, the weighted mean it is chosen by."""
+    row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world)
+    score = sum(w * row["scores"][n] for n, (_, w) in rewards.items()) / sum(w for _, w in rewards.values())
+    return {"model": label, "step": step, "score": score} | row
+
+
+def draw_grid():
+    """samples.png: the same prompts and noise for the base and the teacher."""
+    texts = [r["prompt"] for rows in (eval_prompts or prompts).values() for r in rows[:max(2, 8 // len(prompts))]]
+    grid = {label: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name, args.guidance)
+            for label, name in (("base", "base"), ("teacher", "ema"))}
+    save_grid(os.path.join(args.out, "samples.png"), grid, texts)
+
+
+results = []  # the base, and the best teacher so far
+if start and os.path.exists(path := os.path.join(args.out, "results.json")):
+    results = [row for row in json.load(open(path)) if row["step"] <= start]
+if eval_prompts and not results:
+    results = [validate("base", "base", 0)]
+
+# -- the loop ---------------------------------------------------------------------------------------------------------------
+progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
+for step in progress:
+    began = time.time()
+
+    # sample: a group of pictures per prompt, each trajectory a chain of Gaussian transitions
+    chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world)
+    batch = [pair for pair in chosen[rank * args.batch_size:(rank + 1) * args.batch_size] for _ in range(args.group_size)]
+    gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
+    noise_levels = [args.noise_level] * args.num_steps
+    if args.sde_window:
+        first = int(torch.randint(args.num_steps // 2 - args.sde_window + 1, (), generator=generators(args.seed, step, [2 ** 31])[0]))
+        noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
+    trained = [i for i, a in enumerate(noise_levels[:-1]) if a > 0]  # the last step, almost without noise, is not trained
+    conds, trajectories, scores = [], [], {name: [] for name in rewards}
+    with torch.no_grad():
+        for i in range(0, samples, args.micro_batch_size):
+            rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
+            cond = model.encode([row["prompt"] for _, row in rows])
+            draw = lambda: randn(g, shape, device)
+            velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
+            steps = list(rollout(velocity, draw(), sigmas, noise_levels, args.sde, draw))
+            conds.append(cond)
+            trajectories.append([steps[k] for k in trained])
+            for name, values in score_batch(model.decode(steps[-1].x_next), rows, rewards, prompts).items():
+                scores[name].append(values)
+
+    # advantage: how much better than its group, in units of the whole batch's spread
+    scores = {name: torch.cat(values) for name, values in scores.items()}
+    mine = weighted_sum(scores, rewards)
+    everyone = accelerator.gather(mine.to(device)).cpu() if world > 1 else mine                      # (B,) over all processes
+    groups = everyone.view(-1, args.group_size)
+    advantage = ((groups - groups.mean(1, keepdim=True)) / (everyone.std() + 1e-4)).clamp(-5, 5).flatten()
+    advantage = advantage[rank * samples:(rank + 1) * samples].to(device)                            # (B,)
+    ties = (groups.std(1) < 1e-6).float().mean().item()  # groups that carry no signal
+
+    # learn: the clipped surrogate and the KL to the base, at every trained step
+    cond = [torch.cat(c) for c in zip(*conds)]
+    trajectory = [type(s[0])(torch.cat([p.x for p in s]), None, s[0].t, s[0].t_next, torch.cat([p.x_next for p in s]),
+                             torch.cat([p.log_prob for p in s])) for s in zip(*trajectories)]
+    order = torch.randperm(samples, generator=generators(args.seed, step, [2 ** 30 + rank])[0])
+    kl_sum, clipped, norms = torch.zeros((), device=device), torch.zeros((), device=device), []
+    for share in order.chunk(args.updates_per_rollout):
+        optimizer.zero_grad()
+        for rows in share.split(args.micro_batch_size):
+            c = [e[rows] for e in cond]
+            for s in trajectory:
+                x, x_next, old = s.x[rows], s.x_next[rows], s.log_prob[rows]
+                with torch.no_grad():
+                    v_base = model.velocity(x, s.t, c, "base", args.guidance)
+                v = model.velocity(x, s.t, c, "teacher", args.guidance)
+                mean, std = transition(x, v, s.t, s.t_next, args.noise_level, args.sde)
+                new = log_prob(x_next, mean, std)                                                    # (B,)
+                scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std if args.ratio_norm else 1.0
+                to_base = kl(mean, transition(x, v_base, s.t, s.t_next, args.noise_level, args.sde)[0], std)
+                loss = clipped_surrogate(new, old, advantage[rows], args.clip_range, scale) + args.beta * to_base
+                (loss.sum() / (len(share) * len(trajectory))).backward()
+                kl_sum += to_base.detach().sum()
+                clipped += (((new.detach() - old) / scale).abs() > args.clip_range).sum()
+        average_gradients(params, world)
+        norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
+        if not math.isfinite(norms[-1]):
+            die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; the last checkpoint in {args.out} is intact. "
+                "Try a smaller --lr, or --dtype bfloat16")
+        optimizer.step()
+    if (step + 1) * args.updates_per_rollout % 8 < args.updates_per_rollout:
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+
+    # report, validate, save
+    record = {"step": step + 1, **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
+              "kl_to_base": kl_sum.item() / (samples * len(trajectory)), "clip_fraction": clipped.item() / (samples * len(trajectory)),
+              "tied_groups": ties, "grad_norm": max(norms), "seconds": time.time() - began}
+    last = step + 1 == args.steps or bool(stop)
+    now_and_then = (step + 1) % args.eval_every == 0 or last
+    best = True  # without validation the latest average is the teacher
+    if eval_prompts and now_and_then:
+        row = validate("ema", "teacher", step + 1)
+        record |= {f"validation/{n}": value for n, value in row["scores"].items()}
+        best = len(results) < 2 or row["score"] > results[1]["score"]
+        results[1:] = [row] if best else results[1:]
+    if args.track:
+        accelerator.log(record, step=step + 1)
+    if rank == 0:
+        log.write(json.dumps(record) + "\n"), log.flush()
+        progress.set_postfix(reward=f"{everyone.mean():.3f}", kl=f"{record['kl_to_base']:.1e}", clip=f"{record['clip_fraction']:.2f}")
+        if now_and_then and best:
+            save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+            write_json(os.path.join(args.out, "results.json"), results)
+        if now_and_then:
+            plot_curves(args.out)
+            draw_grid()
+        if (step + 1) % args.save_every == 0 or last:
+            save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity)
+    if stop:
+        break
+
+# -- the end ------------------------------------------------------------------------------------------------------------------
+if rank == 0:
+    if eval_prompts:
+        print(markdown(results))
+    print(f"{f'stopped by {stop[0]}' if stop else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
+accelerator.end_training()

@@ -20,13 +20,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, average_gradients, catch_signals, die, fingerprint, generators, kl, listing, load_prompts, merge_loras, parse_args,
-                      parse_specs, pick_prompts, plot_curves, randn, read_lora, resume_checkpoint, rollout, save_checkpoint, save_lora,
-                      sigma_schedule, transition, truncate_lora, write_json)
+from flow_sde import (SD3, StopSignal, die, fingerprint, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
+                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, save_checkpoint, save_lora,
+                      sigma_schedule, start_run, transition, truncate_lora, update_average, write_json)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", teachers=[f"{t}=toy/teachers/{t}" for t in TASKS], prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
-           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=5e-4, rank=16, alpha=32, save_every=20)
+           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=5e-4, ema=0.5, rank=16, alpha=32, save_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -91,6 +91,8 @@ prompt_files = parse_specs("--prompts", args.prompts)
 if prompt_files.keys() != teachers.keys():
     die(f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both")
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+if args.noise_level == 0:
+    die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 accelerator = Accelerator(log_with=args.track, project_dir=out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device)
@@ -107,9 +109,6 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
 sigmas = sigma_schedule(args.num_steps, model.shift)
 kl_sde = "flow" if args.sde == "ode" else args.sde
 weights = {task: spec["weight"] for task, spec in teachers.items()}
-if rank == 0:
-    os.makedirs(out, exist_ok=True)
-    write_json(os.path.join(out, "args.json"), vars(args))
 free = {"steps", "out", "resume", "track", "save_every", "micro_batch_size", "model", "prompts", "teachers", "init"}  # may change on resume
 files = {"base": args.model, "init": args.init} | {f"prompts {t}": s["value"] for t, s in prompt_files.items()}
 identity = {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()}
@@ -117,8 +116,8 @@ identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"
 start = resume_checkpoint(args.resume, out, model, "student", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
-log = open(os.path.join(out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
-stop = catch_signals()
+log = start_run(out, start, args) if rank == 0 else None
+stop, stopping = StopSignal(), False
 
 # -- sft: the loop ------------------------------------------------------------------------------------------------------------
 progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
@@ -143,21 +142,19 @@ for step in progress:
                 continue
             v = model.velocity(x, t, cond, "student", args.guidance)
             loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)      # (B,)
-            (loss.sum() / (args.batch_size * args.num_steps)).backward()
+            (loss.sum() * x[0].numel()).backward()
             kl_sum += loss.detach().sum()
-    average_gradients(params, world)
+    reduce_gradients(params, world * args.batch_size * args.num_steps * math.prod(shape))
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if not math.isfinite(norm):
         die(f"step {step + 1}: the loss on {', '.join(sorted(set(tasks)))} is not finite; the last checkpoint in {out} is intact. "
             "Try a smaller --lr, or --dtype bfloat16")
     optimizer.step()
     optimizer.zero_grad()
-    if (step + 1) % 8 == 0:
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
-    if world > 1:
-        torch.distributed.all_reduce(kl_sum)
-    record = {"step": step + 1, "kl": kl_sum.item() / (args.batch_size * world * args.num_steps), "grad_norm": norm, "seconds": time.time() - began}
-    last = step + 1 == args.steps or bool(stop)
+    update_average(ema, params, args.ema, step + 1)
+    record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * args.num_steps), "grad_norm": norm, "seconds": time.time() - began}
+    stopping = stop.arrived(device)
+    last = step + 1 == args.steps or stopping
     if args.track:
         accelerator.log(record, step=step + 1)
     if rank == 0:
@@ -166,9 +163,9 @@ for step in progress:
         if (step + 1) % args.save_every == 0 or last:
             save_checkpoint(out, step + 1, model, "student", optimizer, identity)
             plot_curves(out)
-    if stop:
+    if stopping:
         break
 if rank == 0:
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
-    print(f"{f'stopped by {stop[0]} (--resume auto goes on)' if stop else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
+    print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
 accelerator.end_training()

@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, average_gradients, catch_signals, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob,
-                      merge_loras, parse_args, parse_specs, pick_prompts, plot_curves, randn, resume_checkpoint, rollout, save_checkpoint,
-                      save_grid, save_lora, sigma_schedule, transition, write_json)
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob, merge_loras, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
+                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
@@ -92,6 +92,8 @@ if taken := teachers.keys() & {"base", "student", "start", "ema", "anchor"}:
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
 eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
 rewards = parse_rewards(args.reward)
+if lonely := eval_prompts.keys() - teachers.keys():
+    die(f"--eval-prompts {', '.join(lonely)}: no teacher of that task; --teachers has {', '.join(teachers)}")
 samples = args.batch_size * args.group_size  # per process and update
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
@@ -126,8 +128,6 @@ sigmas = sigma_schedule(args.num_steps, model.shift)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
-    os.makedirs(args.out, exist_ok=True)
-    write_json(os.path.join(args.out, "args.json"), vars(args))
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, from {args.init or 'nothing'}; teachers: {', '.join(teachers)}; "
           f"anchor: {args.anchor or 'none'}; {samples * world} trajectories an update")
 free = {"steps", "out", "resume", "track", "save_every", "eval_every", "micro_batch_size", "eval_prompts", "reward", "eval_num_steps",
@@ -138,8 +138,9 @@ identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"
 start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
-log = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
-stop = catch_signals()
+log = start_run(args.out, start, args) if rank == 0 else None
+stop, stopping = StopSignal(), False
+fixed_rows = {}  # of the picture grid: drawn once
 
 
 def label(x, t, cond, tasks):
@@ -159,8 +160,9 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 
 
 def update():
-    """One optimizer step on the gradient gathered so far; returns its norm before clipping. A broken gradient changes nothing."""
-    average_gradients(params, world)
+    """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
+    changes nothing."""
+    reduce_gradients(params, world * samples * args.num_steps * math.prod(shape))
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -171,10 +173,11 @@ def update():
 def draw_grid():
     """samples.png: the same prompts and noise for base, teachers, the student before and now."""
     items = [(t, r["prompt"]) for t, rs in (eval_prompts or prompts).items() for r in rs[:4]]
-    names = {"base": "base", **{f"teacher {t}": t for t in teachers}, "start": "start", "student": "ema"}
-    grid = {label: model.generate([p for _, p in items], generators(args.seed, 1, range(len(items))), args.eval_num_steps, args.resolution,
-                                  name, teachers.get(name, {}).get("guidance", args.guidance)) for label, name in names.items()}
-    save_grid(os.path.join(args.out, "samples.png"), grid, [p for _, p in items])
+    picture = lambda name: model.generate([p for _, p in items], generators(args.seed, 1, range(len(items))), args.eval_num_steps, args.resolution, name,
+                                          teachers.get(name, {}).get("guidance", args.guidance), batch_size=args.eval_batch_size)
+    if not fixed_rows:
+        fixed_rows.update({label: picture(name) for label, name in {"base": "base", **{f"teacher {t}": t for t in teachers}, "start": "start"}.items()})
+    save_grid(os.path.join(args.out, "samples.png"), fixed_rows | {"student": picture("ema")}, [p for _, p in items])
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ for step in progress:
             # neither the trajectory nor a second student forward is needed
             if args.objective == "kl" and to_teacher.requires_grad:
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() / (samples * (len(sigmas) - 1))).backward()
+                (loss.sum() * x[0].numel()).backward()
             elif old is not None:
                 # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
                 # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
@@ -234,16 +237,13 @@ for step in progress:
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
             to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if args.anchor else 0.0
             loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
-            (loss.sum() / (samples * (len(sigmas) - 1))).backward()
+            (loss.sum() * x[0].numel()).backward()
         norm = update()
-    if (step + 1) % 8 == 0:
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+    update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = torch.tensor([sum(task == t for task, _ in batch) for t in teachers], device=device) * (len(sigmas) - 1.0)
-    if world > 1:
-        for tensor in (kl_by_task, counts, anchor_sum):
-            torch.distributed.all_reduce(tensor)
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * args.num_steps
+    reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
         broken = [t for t, value in kls.items() if not math.isfinite(value)] or list(kls)
@@ -254,10 +254,11 @@ for step in progress:
         record["kl_to_anchor"] = anchor_sum.item() / counts.sum().item()
     if device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    last = step + 1 == args.steps or bool(stop)
+    stopping = stop.arrived(device)
+    last = step + 1 == args.steps or stopping
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = (kl_by_task.sum(0) / counts.sum() * (len(sigmas) - 1)).tolist()
+        record["kl_by_sigma"] = (kl_by_task.sum(0) / counts.sum() * args.num_steps).tolist()
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:
@@ -270,22 +271,24 @@ for step in progress:
             draw_grid()
         if (step + 1) % args.save_every == 0 or last:
             save_checkpoint(args.out, step + 1, model, "student", optimizer, identity)
-    if stop:
+    if stopping:
         break
 
 # -- what came of it ------------------------------------------------------------------------------------------------------------
+table = bool(eval_prompts and rewards and not stopping)
+stop.disarm()
 if rank == 0:
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
-if eval_prompts and rewards and not stop:
+if table:
     names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}
     total = len(names) * -(-sum(map(len, eval_prompts.values())) // world)
     with tqdm(total=total, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:
         results = [{"model": label} | evaluate(model, name, eval_prompts, rewards, args, rank, world,
-                                               teachers.get(name, {}).get("guidance", args.guidance), bar.update) for label, name in names.items()]
+                                               teachers.get(name, {}).get("guidance", args.guidance), teachers, bar.update) for label, name in names.items()]
     if rank == 0:
         write_json(os.path.join(args.out, "results.json"), results)
         print(markdown(results))
 if rank == 0:
-    print(f"{f'stopped by {stop[0]} (--resume auto goes on)' if stop else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png"
-          f"{', results.json' if eval_prompts and rewards and not stop else ''}, checkpoints/)")
+    print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png"
+          f"{', results.json' if table else ''}, checkpoints/)")
 accelerator.end_training()

@@ -45,6 +45,8 @@ rewards = parse_rewards(args.reward)
 prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--prompts", args.prompts).items()}
 if idle := [t for t in prompts if not rewards_of(t, rewards, prompts)]:
     die(f"--prompts {', '.join(idle)}: no reward scores this task; --reward has {', '.join(rewards)}")
+if any(m.startswith("base=") for m in args.models):
+    die("--models base=...: `base` is the bare model; call the LoRA something else")
 specs = parse_specs("--models", [m for m in args.models if m != "base"], guidance=args.guidance)
 names = (["base"] if "base" in args.models else []) + list(specs)
 accelerator = Accelerator()
@@ -56,14 +58,14 @@ for name, spec in specs.items():
 guidance = {name: specs[name]["guidance"] if name in specs else args.guidance for name in names}
 
 with tqdm(total=len(names) * -(-sum(map(len, prompts.values())) // world), disable=rank != 0, unit="picture", mininterval=1) as bar:
-    results = [{"model": name} | evaluate(model, name, prompts, rewards, args, rank, world, guidance[name], bar.update) for name in names]
+    results = [{"model": name} | evaluate(model, name, prompts, rewards, args, rank, world, guidance[name], progress=bar.update) for name in names]
 if rank == 0:
     os.makedirs(args.out, exist_ok=True)
     write_json(os.path.join(args.out, "results.json"), results)
     open(os.path.join(args.out, "results.md"), "w").write(markdown(results) + "\n")
     items = [row["prompt"] for rows in prompts.values() for row in rows[:max(2, 12 // len(prompts))]]
     save_grid(os.path.join(args.out, "samples.png"), {name: model.generate(items, generators(args.seed, 1, range(len(items))), args.eval_num_steps,
-              args.resolution, name, guidance[name]) for name in names}, items)
+              args.resolution, name, guidance[name], batch_size=args.eval_batch_size) for name in names}, items)
     print(markdown(results))
     print(f"done: {args.out}/results.json (also results.md, samples.png)")
 accelerator.end_training()

@@ -11,6 +11,7 @@ floats: all samples of a batch are at the same step, and nothing in the loop wai
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -196,14 +197,19 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, latents):
-        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; one picture at a time bounds the memory."""
+        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to bound the memory."""
         config = self.pipe.vae.config
         latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
-        return torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(16)]).div(2).add(0.5).clamp(0, 1)
+        at_once = max(1, 2 ** 20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor ** 2))
+        return torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow"):
+    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow", batch_size=None):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers pipeline's."""
+        if batch_size and len(prompts) > batch_size:
+            cut = range(0, len(prompts), batch_size)
+            return torch.cat([self.generate(prompts[i:i + batch_size], gens[i:i + batch_size], num_steps, resolution, adapter, guidance,
+                                            noise_level, sde) for i in cut])
         shape, cond = self.latent_shape(resolution), self.encode(prompts)
         draw = lambda: randn(gens, shape, self.device)
         velocity = lambda x, t: self.velocity(x, t, cond, adapter, guidance)
@@ -343,12 +349,16 @@ def save_lora(lora, folder):
     takes alpha = rank, and the picture is another one."""
     from diffusers import StableDiffusion3Pipeline
     from safetensors.torch import save_file
-    os.makedirs(folder, exist_ok=True)
+    final, folder = folder, str(folder).rstrip("/") + ".new"  # written beside, then renamed
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
     config = lora_config(lora).to_dict() | {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
     tensors = {f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous() for n, ab in lora.items() for kind, p in zip("AB", ab)}
     write_json(os.path.join(folder, "adapter_config.json"), config)
     save_file({"base_model.model." + k: v for k, v in tensors.items()}, os.path.join(folder, "adapter_model.safetensors"))
     StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=config)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(folder, final)
 
 
 def lora_config(lora):
@@ -399,7 +409,10 @@ def check_model(model):
     if not os.path.isdir(model):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
             die(f"--model {model}: no such folder")
-        fetch(model, ["model_index.json"])
+        model = fetch(model, ["model_index.json"])
+    kind = json.load(open(os.path.join(model, "model_index.json"))).get("_class_name")
+    if kind != "StableDiffusion3Pipeline":
+        die(f"--model {model}: a {kind}; this program needs a StableDiffusion3Pipeline")
 
 
 # ======================================================================================================================
@@ -421,8 +434,17 @@ def parse_args(parser, toy):
     parser.epilog = "Without --model, other defaults: " + ", ".join(
         f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in toy.items() if k != "model")
     if parser.parse_known_args()[0].model is None:
-        parser.set_defaults(**toy)
-    return parser.parse_args()
+        here = "" if os.getcwd() == HERE else HERE + "/"
+        place = lambda v: re.sub("(^|=)toy/", rf"\1{here}toy/", v) if isinstance(v, str) else [place(x) for x in v] if isinstance(v, list) else v
+        parser.set_defaults(**{k: place(v) for k, v in toy.items()})
+    args = parser.parse_args()
+    for action in parser._actions:
+        value, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window") else 0
+        if action.type in (int, float) and value is not None and not value >= least:
+            die(f"{action.option_strings[0]} {value}: must be at least {least}")
+    if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
+        die(f"--track {args.track}: pip install {args.track}")
+    return args
 
 
 class Help(argparse.HelpFormatter):
@@ -451,7 +473,7 @@ def parse_specs(flag, specs, **options):
         fields = dict(options, value=value)
         for extra in extras:
             key, _, number = extra.partition("=")
-            if key not in options or not re.fullmatch(r"[0-9.]+", number):
+            if key not in options or not re.fullmatch(r"\d+\.?\d*|\.\d+", number):
                 die(f"{flag} {spec}: expected NAME=VALUE{''.join(f'[,{k}=NUMBER]' for k in options)}")
             fields[key] = float(number)
         if not eq or not value or not re.fullmatch(r"[A-Za-z][\w-]*", name):
@@ -459,6 +481,8 @@ def parse_specs(flag, specs, **options):
         if name in out:
             die(f"{flag}: {name} is given twice")
         out[name] = fields
+    if out and "weight" in options and not sum(s["weight"] for s in out.values()):
+        die(f"{flag}: all weights are 0")
     return out
 
 
@@ -496,13 +520,27 @@ def pick_prompts(prompts, weights, seed, step, count):
     return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
 
 
-def average_gradients(params, num_processes):
-    """Average the gradients over all processes in one reduction."""
-    if num_processes > 1:
-        flat = torch.cat([p.grad.flatten() for p in params])
+def reduce_gradients(params, count):
+    """Sum the gradients over all processes in one reduction, and divide by `count`. Losses are summed, not averaged, before
+    backward and divided only here, in float32: a mean over 65,536 dimensions would round to zero in half precision."""
+    flat = torch.cat([p.grad.flatten() for p in params])
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
-        for p, g in zip(params, (flat / num_processes).split([p.numel() for p in params])):
-            p.grad.copy_(g.view_as(p))
+    for p, g in zip(params, (flat / count).split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
+def reduce_sum(tensor):
+    """The sum of a tensor over all processes, in place; the tensor lies on the process's device."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def update_average(ema, params, decay, update):
+    """ema <- d ema + (1-d) params after every update, with d = decay^(1/8) (the paper: 0.9 every 8 updates), smaller at the start."""
+    d = min(decay ** (1 / 8), (1 + update) / (10 + update))
+    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
 
 
 def write_json(path, data):
@@ -534,7 +572,8 @@ def save_checkpoint(out, step, model, name, optimizer, identity, keep=2):
     torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, os.path.join(temporary, "state.pt"))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
-    for old in sorted(d for d in os.listdir(root) if d.isdigit())[:-keep]:
+    steps = sorted(d for d in os.listdir(root) if d.isdigit())
+    for old in [d for d in steps if d > f"{step:06d}"] + [d for d in steps if d <= f"{step:06d}"][:-keep]:
         shutil.rmtree(os.path.join(root, old))
 
 
@@ -562,24 +601,45 @@ def resume_checkpoint(resume, out, model, name, optimizer, identity):
             for (n, kind), p in model.weights(adapter).items():
                 p.copy_(tensors[f"{n}.{kind}"])
     optimizer.load_state_dict(state["optimizer"])
-    log = os.path.join(out, "log.jsonl")
-    if os.path.exists(log):  # forget what was logged after the checkpoint
-        lines = [line for line in open(log) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        open(log, "w").writelines(lines)
     return state["step"]
 
 
-def catch_signals():
-    """Ctrl-C and SIGTERM ask the loop to save and stop after the update in hand: the returned list is then not empty. Twice means at once."""
-    caught = []
+def start_run(out, start, args):
+    """The run's folder, made ready by the first process: returns the open log. A resumed run forgets what was logged after its
+    checkpoint; a new one in a used folder moves the old checkpoints to checkpoints.previous."""
+    os.makedirs(out, exist_ok=True)
+    log, checkpoints = os.path.join(out, "log.jsonl"), os.path.join(out, "checkpoints")
+    lines = [line for line in open(log) if line.endswith("\n") and json.loads(line)["step"] <= start] if start and os.path.exists(log) else []
+    with open(log + ".new", "w") as f:
+        f.writelines(lines)
+    os.replace(log + ".new", log)
+    if not start and os.path.isdir(checkpoints):
+        shutil.rmtree(checkpoints + ".previous", ignore_errors=True)
+        os.rename(checkpoints, checkpoints + ".previous")
+    write_json(os.path.join(out, "args.json"), vars(args))
+    return open(log, "a")
 
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return caught
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to save and stop after the update in hand; a second one means at once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.name:
+            die("interrupted")
+        self.name = signal.Signals(number).name
+
+    def arrived(self, device):
+        """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""
+        return bool(self.name) if not torch.distributed.is_initialized() else reduce_sum(torch.tensor(float(bool(self.name)), device=device)).item() > 0
+
+    def disarm(self):
+        """From here on Ctrl-C ends the program at once."""
+        self.name = "SIGINT"
 
 
 def plot_curves(out, levels=None):

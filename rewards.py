@@ -18,7 +18,7 @@ import sys
 import numpy as np
 import torch
 
-from flow_sde import HERE, die, generators
+from flow_sde import HERE, die, generators, reduce_sum
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def parse_rewards(specs):
     rewards = {}
     for spec in specs or []:
         name, eq, weight = spec.partition("=")
-        if eq and not re.fullmatch(r"[0-9.]+", weight):
-            die(f"--reward {spec}: the weight must be a number")
+        if eq and not (re.fullmatch(r"\d+\.?\d*|\.\d+", weight) and float(weight)):
+            die(f"--reward {spec}: the weight must be a positive number")
         rewards[name.rpartition(".")[2]] = load_reward(name), float(weight or 1)
     return rewards
 
@@ -97,7 +97,10 @@ def score_batch(images, batch, rewards, tasks):
         rows = [i for i, (task, _) in enumerate(batch) if name in rewards_of(task, rewards, tasks)]
         scores[name] = torch.full((len(batch),), float("nan"))
         if rows:
-            values = function(images[rows], [batch[i][1]["prompt"] for i in rows], [batch[i][1] for i in rows])
+            try:
+                values = function(images[rows], [batch[i][1]["prompt"] for i in rows], [batch[i][1] for i in rows])
+            except ValueError as error:  # a prompt that this reward cannot score
+                die(f"--reward {name}: {error}")
             assert values.shape == (len(rows),), f"reward {name} returned {tuple(values.shape)} for {len(rows)} pictures"
             scores[name][rows] = values.float().cpu()
     return scores
@@ -110,10 +113,11 @@ def weighted_sum(scores, rewards):
     return (values.nan_to_num() * weights).sum(0) / weights.sum(0)
 
 
-def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, progress=None):
+def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, tasks=None, progress=None):
     """Mean score and standard error of each reward over the prompts it applies to, one picture a prompt, deterministic sampling.
     Prompt i of a task always starts from the same noise, so the result depends on neither the batch size nor the number of ranks.
-    args: eval_num_steps, resolution, eval_batch_size, seed, guidance. -> {"n", "scores", "stderr"}"""
+    args: eval_num_steps, resolution, eval_batch_size, seed, guidance; tasks: all tasks of the run, if the prompts are of only some.
+    -> {"n", "scores", "stderr"}"""
     items = [(task, row) for task, rows in prompts.items() for row in rows]
     table = {name: torch.zeros(len(items)) for name in rewards}
     mine = list(range(rank, len(items), world))
@@ -122,17 +126,17 @@ def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=N
         batch = [items[i] for i in indices]
         images = model.generate([row["prompt"] for _, row in batch], generators(args.seed, 0, indices), args.eval_num_steps,
                                 args.resolution, adapter, args.guidance if guidance is None else guidance)
-        for name, values in score_batch(images, batch, rewards, prompts).items():
+        for name, values in score_batch(images, batch, rewards, tasks or prompts).items():
             table[name][indices] = values
         if progress:
             progress(len(batch))
     result = {"n": len(items), "scores": {}, "stderr": {}}
     for name, values in table.items():
-        if world > 1:
-            torch.distributed.all_reduce(values)
+        values = reduce_sum(values.to(model.device)).cpu()
         values = values[~values.isnan()].double()
-        result["scores"][name] = values.mean().item()
-        result["stderr"][name] = (values.std() / len(values) ** 0.5).item()
+        if len(values):  # a reward whose task has no prompts here has no column
+            result["scores"][name] = values.mean().item()
+            result["stderr"][name] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
     return result
 
 
@@ -140,7 +144,8 @@ def markdown(rows):
     """The results as a Markdown table, one line a model: mean ± standard error."""
     names = list(rows[0]["scores"])
     lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    return "\n".join(lines + [f"| {r['model']} | " + " | ".join(f"{r['scores'][n]:.3f} ± {r['stderr'][n]:.3f}" for n in names) + " |" for r in rows])
+    cell = lambda r, n: f"{r['scores'][n]:.3f}" + (f" ± {r['stderr'][n]:.3f}" if r["stderr"][n] is not None else "")
+    return "\n".join(lines + [f"| {r['model']} | " + " | ".join(cell(r, n) for n in names) + " |" for r in rows])
 
 
 if __name__ == "__main__":

@@ -221,7 +221,10 @@ def compose(images, prompts, metadata=None):
     """1 - (things missing + things too many) / things asked for, not below 0: partial credit, 1 is a perfect picture."""
     scores = []
     for prompt, found in zip(prompts, find_shapes(images.float().cpu())):
-        wanted = {(color, shape): n for n, color, shape in parse(prompt)[1]}
+        task, groups = parse(prompt)
+        if task != "compose":
+            raise ValueError(f"not a prompt about shapes: {prompt!r}")
+        wanted = {(color, shape): n for n, color, shape in groups}
         errors = sum(abs(found.get(k, 0) - wanted.get(k, 0)) for k in found.keys() | wanted.keys())
         scores.append(max(0.0, 1 - errors / sum(wanted.values())))
     return torch.tensor(scores, dtype=torch.float32)

@@ -4,7 +4,7 @@ model stays frozen; the teacher is a LoRA. With several rewards and prompt files
 prompt is scored by its own task's reward (and by the task-agnostic ones), all in one run.
 
     python train_teacher.py                                                              # toy.compose on two CPU cores
-    python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt     # another toy teacher
+    python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt --eval-prompts ocr=toy/prompts/ocr_val.txt
     torchrun --nproc_per_node=8 train_teacher.py --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
         --reward jpeg --prompts jpeg=prompts.txt --out out/jpeg                          # SD3.5 on eight GPUs
 
@@ -21,15 +21,15 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, average_gradients, catch_signals, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob,
-                      parse_args, parse_specs, pick_prompts, plot_curves, randn, resume_checkpoint, rollout, save_checkpoint, save_grid,
-                      save_lora, sigma_schedule, transition, write_json)
-from rewards import evaluate, markdown, parse_rewards, score_batch, weighted_sum
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
+                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, save_checkpoint,
+                      save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
+from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
            eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, guidance=1.0, eval_num_steps=10,
-           batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=100, lr=5e-4, rank=16, alpha=32,
-           ema=0.7, ratio_norm=True, sde_window=4, clip_range=5e-4, eval_every=10, save_every=10)
+           batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=120, lr=2e-3, rank=16, alpha=32,
+           ema=0.7, same_noise=True, ratio_norm=True, sde_window=4, clip_range=5e-4, eval_every=10, save_every=10)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -48,6 +48,7 @@ add("--sde", choices=["flow", "cps"], default="flow", help="the stochastic sampl
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add("--sde-window", type=int, default=0, help="steps with noise, the only ones trained, at a random place in the first "
                     "half (Flow-GRPO-Fast: 2); 0: all steps")
+add("--same-noise", action=argparse.BooleanOptionalAction, default=False, help="start a group's pictures from the same noise: they then differ by what is reinforced alone")
 add = parser.add_argument_group("learning").add_argument
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
@@ -56,7 +57,7 @@ add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each 
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
-add("--ratio-norm", action="store_true", help="divide log-ratios by their step's scale, so that all steps weigh alike "
+add("--ratio-norm", action=argparse.BooleanOptionalAction, default=False, help="divide log-ratios by their step's scale, so that all steps weigh alike "
                     "(GRPO-Guard, arXiv 2510.22319); wants a larger --clip-range")
 add("--beta", type=float, default=0.04, help="weight of the KL to the base (paper: 0.04)")
 add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
@@ -80,16 +81,18 @@ rewards = parse_rewards(args.reward)
 prompt_specs = parse_specs("--prompts", args.prompts, weight=1.0)
 prompts = {task: load_prompts(task, s["value"]) for task, s in prompt_specs.items()}
 eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
-for task in [*prompts, *eval_prompts]:
-    if not any(name == task or name not in prompts for name in rewards):
-        die(f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
 if unknown := eval_prompts.keys() - prompts.keys():
     die(f"--eval-prompts {', '.join(unknown)}: not among the tasks of --prompts ({', '.join(prompts)})")
+for task in prompts:
+    if not rewards_of(task, rewards, prompts):
+        die(f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
 samples = args.batch_size * args.group_size  # per process
 if args.group_size < 2 or samples % args.updates_per_rollout:
     die(f"--group-size {args.group_size} must be at least 2, and --batch-size x --group-size a multiple of --updates-per-rollout")
 if not 0 <= args.sde_window <= args.num_steps // 2:
     die(f"--sde-window {args.sde_window}: must lie in 0..{args.num_steps // 2}, half of --num-steps")
+if args.num_steps < 2:
+    die("--num-steps 1: the last step is not trained, so there must be at least 2")
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive; without noise there is nothing to reinforce")
 
@@ -107,8 +110,6 @@ params, ema = model.train_adapter("teacher"), list(model.weights("ema").values()
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
 sigmas = sigma_schedule(args.num_steps, model.shift)
 if rank == 0:
-    os.makedirs(args.out, exist_ok=True)
-    write_json(os.path.join(args.out, "args.json"), vars(args))
     print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
 free = {"steps", "out", "resume", "track", "save_every", "eval_every", "model", "init", "prompts", "eval_prompts", "micro_batch_size",
@@ -118,21 +119,22 @@ identity |= {f"prompts {t}": fingerprint(s["value"]) for t, s in prompt_specs.it
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
-log = open(os.path.join(args.out, "log.jsonl"), "a" if start else "w") if rank == 0 else None
-stop = catch_signals()
+log = start_run(args.out, start, args) if rank == 0 else None
+stop, stopping = StopSignal(), False
 
 
 def validate(adapter, label, step):
     """A row of results.json: the adapter's scores on the validation prompts, and `score`, the weighted mean it is chosen by."""
-    row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world)
-    score = sum(w * row["scores"][n] for n, (_, w) in rewards.items()) / sum(w for _, w in rewards.values())
+    row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world, tasks=prompts)
+    score = sum(rewards[n][1] * s for n, s in row["scores"].items()) / sum(rewards[n][1] for n in row["scores"])
     return {"model": label, "step": step, "score": score} | row
 
 
 def draw_grid():
     """samples.png: the same prompts and noise for the base and the teacher."""
     texts = [r["prompt"] for rows in (eval_prompts or prompts).values() for r in rows[:max(2, 8 // len(prompts))]]
-    grid = {label: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name, args.guidance)
+    grid = {label: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name, args.guidance,
+                                  batch_size=args.eval_batch_size)
             for label, name in (("base", "base"), ("teacher", "ema"))}
     save_grid(os.path.join(args.out, "samples.png"), grid, texts)
 
@@ -152,6 +154,9 @@ for step in progress:
     chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world)
     batch = [pair for pair in chosen[rank * args.batch_size:(rank + 1) * args.batch_size] for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
+    first_noise = randn(gens, shape, device)
+    if args.same_noise:
+        first_noise = first_noise[::args.group_size].repeat_interleave(args.group_size, 0)
     noise_levels = [args.noise_level] * args.num_steps
     if args.sde_window:
         first = int(torch.randint(args.num_steps // 2 - args.sde_window + 1, (), generator=generators(args.seed, step, [2 ** 31])[0]))
@@ -164,16 +169,15 @@ for step in progress:
             cond = model.encode([row["prompt"] for _, row in rows])
             draw = lambda: randn(g, shape, device)
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
-            steps = list(rollout(velocity, draw(), sigmas, noise_levels, args.sde, draw))
+            steps = list(rollout(velocity, first_noise[i:i + args.micro_batch_size], sigmas, noise_levels, args.sde, draw))
             conds.append(cond)
             trajectories.append([steps[k] for k in trained])
             for name, values in score_batch(model.decode(steps[-1].x_next), rows, rewards, prompts).items():
                 scores[name].append(values)
 
     # advantage: how much better than its group, in units of the whole batch's spread
-    scores = {name: torch.cat(values) for name, values in scores.items()}
-    mine = weighted_sum(scores, rewards)
-    everyone = accelerator.gather(mine.to(device)).cpu() if world > 1 else mine                      # (B,) over all processes
+    scores = {name: accelerator.gather(torch.cat(values).to(device)).cpu() for name, values in scores.items()}
+    everyone = weighted_sum(scores, rewards)                                                         # (B,) over all processes
     groups = everyone.view(-1, args.group_size)
     advantage = ((groups - groups.mean(1, keepdim=True)) / (everyone.std() + 1e-4)).clamp(-5, 5).flatten()
     advantage = advantage[rank * samples:(rank + 1) * samples].to(device)                            # (B,)
@@ -183,9 +187,8 @@ for step in progress:
     cond = [torch.cat(c) for c in zip(*conds)]
     trajectory = [type(s[0])(torch.cat([p.x for p in s]), None, s[0].t, s[0].t_next, torch.cat([p.x_next for p in s]),
                              torch.cat([p.log_prob for p in s])) for s in zip(*trajectories)]
-    order = torch.randperm(samples, generator=generators(args.seed, step, [2 ** 30 + rank])[0])
     kl_sum, clipped, norms = torch.zeros((), device=device), torch.zeros((), device=device), []
-    for share in order.chunk(args.updates_per_rollout):
+    for share in torch.arange(samples).view(-1, args.updates_per_rollout).T:  # every update sees pictures of every group
         optimizer.zero_grad()
         for rows in share.split(args.micro_batch_size):
             c = [e[rows] for e in cond]
@@ -199,24 +202,24 @@ for step in progress:
                 scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std if args.ratio_norm else 1.0
                 to_base = kl(mean, transition(x, v_base, s.t, s.t_next, args.noise_level, args.sde)[0], std)
                 loss = clipped_surrogate(new, old, advantage[rows], args.clip_range, scale) + args.beta * to_base
-                (loss.sum() / (len(share) * len(trajectory))).backward()
+                (loss.sum() * x[0].numel()).backward()
                 kl_sum += to_base.detach().sum()
                 clipped += (((new.detach() - old) / scale).abs() > args.clip_range).sum()
-        average_gradients(params, world)
+        reduce_gradients(params, world * len(share) * len(trajectory) * math.prod(shape))
         norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         if not math.isfinite(norms[-1]):
             die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; the last checkpoint in {args.out} is intact. "
                 "Try a smaller --lr, or --dtype bfloat16")
         optimizer.step()
-    if (step + 1) * args.updates_per_rollout % 8 < args.updates_per_rollout:
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+        update_average(ema, params, args.ema, step * args.updates_per_rollout + len(norms))
 
     # report, validate, save
+    terms = world * samples * len(trajectory)
     record = {"step": step + 1, **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
-              "kl_to_base": kl_sum.item() / (samples * len(trajectory)), "clip_fraction": clipped.item() / (samples * len(trajectory)),
+              "kl_to_base": reduce_sum(kl_sum).item() / terms, "clip_fraction": reduce_sum(clipped).item() / terms,
               "tied_groups": ties, "grad_norm": max(norms), "seconds": time.time() - began}
-    last = step + 1 == args.steps or bool(stop)
-    now_and_then = (step + 1) % args.eval_every == 0 or last
+    stopping = stop.arrived(device)
+    now_and_then = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
     best = True  # without validation the latest average is the teacher
     if eval_prompts and now_and_then:
         row = validate("ema", "teacher", step + 1)
@@ -234,14 +237,15 @@ for step in progress:
         if now_and_then:
             plot_curves(args.out)
             draw_grid()
-        if (step + 1) % args.save_every == 0 or last:
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity)
-    if stop:
+    if stopping:
         break
 
 # -- the end ------------------------------------------------------------------------------------------------------------------
 if rank == 0:
-    if eval_prompts:
+    if results:
         print(markdown(results))
-    print(f"{f'stopped by {stop[0]}' if stop else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
+    print(f"stopped (--resume auto goes on): {args.out}/checkpoints" if stopping else
+          f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
 accelerator.end_training()

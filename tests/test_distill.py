@@ -117,7 +117,7 @@ def test_resumed_is_bit_equal_to_uninterrupted(loras, tmp_path):
 
 def test_alternate_gives_whole_updates_in_turn(loras, tmp_path):
     distill(loras, str(tmp_path / "run"), schedule="alternate", steps=6, teachers=[f"compose={loras['compose']},weight=2", f"ocr={loras['ocr']}"],
-            prompts=few("train", 9, str(tmp_path))[:2])
+            prompts=few("train", 9, str(tmp_path))[:2], eval_prompts=few("test", 3, str(tmp_path))[:2])
     tasks = [[k for k in row if k.startswith("kl/")] for row in read_log(tmp_path / "run")]
     assert tasks == [["kl/compose"], ["kl/compose"], ["kl/ocr"]] * 2
 
@@ -148,4 +148,6 @@ def test_a_broken_teacher_stops_the_run_with_its_name(loras, tmp_path):
     distill(loras, str(tmp_path / "run"), steps=1, save_every=1)
     with pytest.raises(SystemExit, match="step 1: the loss on ocr is not finite"):
         distill(loras, str(tmp_path / "run"), steps=3, teachers=[f"{t}={tmp_path / 'broken' if t == 'ocr' else loras[t]}" for t in TASKS])
-    assert os.path.exists(tmp_path / "run/checkpoints/000001/lora/adapter_model.safetensors")
+    for kept in ("checkpoints.previous/000001/lora", "lora"):  # what was there before is whole, and nothing broken was written
+        assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / kept / "adapter_model.safetensors").values())
+    assert not os.path.exists(tmp_path / "run/checkpoints")

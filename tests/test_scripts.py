@@ -46,7 +46,7 @@ def test_grpo_raises_the_reward_of_what_it_can_reach(tmp_path):
 
 
 def test_train_teacher_choices(tmp_path):
-    for i, extra in enumerate((["--sde", "cps"], ["--sde-window", 2], ["--guidance", 2.0], ["--updates-per-rollout", 1], ["--beta", 0, "--rank", 4])):
+    for i, extra in enumerate((["--sde", "cps"], ["--sde-window", 2], ["--guidance", 2.0], ["--updates-per-rollout", 1], ["--beta", 0, "--rank", 4], ["--no-ratio-norm", "--no-same-noise"])):
         teacher(tmp_path, str(i), *extra)
     # GRPO-Mix: three tasks, each scored by its own reward, and a task-agnostic one on all
     run("train_teacher.py", "--reward", *[f"toy.{t}" for t in TASKS], "toy.quality=0.5", "--prompts",
@@ -100,7 +100,7 @@ def test_ctrl_c_saves_and_resumes(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert "stopped by SIGINT" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert "stopped" in process.communicate(timeout=60)[0] and process.returncode == 0
     assert int(os.listdir(tmp_path / "checkpoints")[0]) == len(read_log(tmp_path)) >= 3
 
 
@@ -129,7 +129,7 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--noise-level", 0], "must be positive"),
         (["distill.py", "--resume", tmp_path], "no checkpoint there"),
         (["train_teacher.py", "--reward", "toy.smile"], "no such reward"),
-        (["train_teacher.py", "--reward", "toy.ocr=much"], "the weight must be a number"),
+        (["train_teacher.py", "--reward", "toy.ocr=much"], "the weight must be a positive number"),
         (["train_teacher.py", "--group-size", 1], "--group-size 1"),
         (["train_teacher.py", "--sde-window", 9], "--sde-window 9"),
         (["sample.py", "--num-images", 0], "nothing to draw"),

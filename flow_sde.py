@@ -642,24 +642,25 @@ class StopSignal:
         self.name = "SIGINT"
 
 
-def plot_curves(out, levels=None):
-    """curves.png from log.jsonl: one panel per quantity, updates along x; `levels` {quantity: {label: y}} are dashed lines."""
+def plot_curves(out):
+    """curves.png from log.jsonl: one panel per quantity, updates along x; "kl/ocr" is the line "ocr" of the panel "kl"."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-    groups = {}  # "kl/ocr" is the line "ocr" of the panel "kl"
+    groups = {}
     for key in dict.fromkeys(k for r in rows for k in r if k not in ("step", "seconds", "memory_gb", "kl_by_sigma")):
         groups.setdefault(key.split("/")[0], []).append(key)
     if not groups:
         return
-    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), squeeze=False)
-    for axis, (title, keys) in zip(axes[0], groups.items()):
+    columns = min(3, len(groups))
+    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=(4 * columns, 2.8 * -(-len(groups) // columns)), squeeze=False)
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for axis, (title, keys) in zip(axes.flat, groups.items()):
         for key in keys:
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            line, = axis.plot(*zip(*points), label=key.partition("/")[2] or None, marker="o" if len(points) < 20 else None, markersize=3)
-            if key in (levels or {}):
-                axis.axhline(levels[key], color=line.get_color(), linestyle="--", linewidth=1)
+            axis.plot(*zip(*points), label=key.partition("/")[2] or None, marker="o" if len(points) < 20 else None, markersize=3)
         axis.set_title(title), axis.set_xlabel("update"), axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)

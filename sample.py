@@ -40,8 +40,8 @@ add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
 
 texts = (args.prompt or []) + ([row["prompt"] for row in load_prompts("prompts", args.prompts)] if args.prompts else [])
-if not texts or args.num_images < 1:
-    die("nothing to draw: give --prompt TEXT or --prompts FILE, and --num-images 1 or more")
+if not texts:
+    die("nothing to draw: give --prompt TEXT or --prompts FILE")
 model = SD3(args.model, getattr(torch, args.dtype), PartialState().device)
 model.latent_shape(args.resolution)
 if args.lora:

@@ -132,7 +132,7 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["train_teacher.py", "--reward", "toy.ocr=much"], "the weight must be a positive number"),
         (["train_teacher.py", "--group-size", 1], "--group-size 1"),
         (["train_teacher.py", "--sde-window", 9], "--sde-window 9"),
-        (["sample.py", "--num-images", 0], "nothing to draw"),
+        (["sample.py", "--num-images", 0], "--num-images 0: must be at least 1"),
         (["evaluate.py", "--reward", "toy.ocr", "--prompts", "ocr=toy/prompts/ocr_val.txt", "compose=toy/prompts/compose_val.txt"], "compose: no reward"),
         (["cold_start.py", "sft", "--teachers", ocr], "every task needs both"),
     ]

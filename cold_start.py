@@ -26,7 +26,7 @@ from flow_sde import (SD3, StopSignal, die, fingerprint, generators, kl, listing
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", teachers=[f"{t}=toy/teachers/{t}" for t in TASKS], prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
-           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=5e-4, ema=0.5, rank=16, alpha=32, save_every=20)
+           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=2e-3, ema=0.5, rank=16, alpha=32, save_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -91,6 +91,8 @@ prompt_files = parse_specs("--prompts", args.prompts)
 if prompt_files.keys() != teachers.keys():
     die(f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both")
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+if args.num_steps < 3:
+    die(f"--num-steps {args.num_steps}: must be at least 3, of which all but the last are learnt")
 if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 accelerator = Accelerator(log_with=args.track, project_dir=out)
@@ -106,7 +108,8 @@ else:
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-sigmas = sigma_schedule(args.num_steps, model.shift)
+sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last step, as in distill.py
+transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 free = {"steps", "out", "resume", "track", "save_every", "micro_batch_size", "model", "prompts", "teachers", "init"}  # may change on resume
@@ -138,13 +141,11 @@ for step in progress:
 
         for x, v_teacher, t, t_next, _, _ in rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw):
             mean_teacher, std = transition(x, v_teacher, t, t_next, args.noise_level, kl_sde)
-            if std == 0:  # the last step of cps
-                continue
             v = model.velocity(x, t, cond, "student", args.guidance)
             loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)      # (B,)
             (loss.sum() * x[0].numel()).backward()
             kl_sum += loss.detach().sum()
-    reduce_gradients(params, world * args.batch_size * args.num_steps * math.prod(shape))
+    reduce_gradients(params, world * args.batch_size * transitions * math.prod(shape))
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if not math.isfinite(norm):
         die(f"step {step + 1}: the loss on {', '.join(sorted(set(tasks)))} is not finite; the last checkpoint in {out} is intact. "
@@ -152,7 +153,7 @@ for step in progress:
     optimizer.step()
     optimizer.zero_grad()
     update_average(ema, params, args.ema, step + 1)
-    record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * args.num_steps), "grad_norm": norm, "seconds": time.time() - began}
+    record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * transitions), "grad_norm": norm, "seconds": time.time() - began}
     stopping = stop.arrived(device)
     last = step + 1 == args.steps or stopping
     if args.track:

@@ -185,8 +185,8 @@ for step in progress:
 
     # learn: the clipped surrogate and the KL to the base, at every trained step
     cond = [torch.cat(c) for c in zip(*conds)]
-    trajectory = [type(s[0])(torch.cat([p.x for p in s]), None, s[0].t, s[0].t_next, torch.cat([p.x_next for p in s]),
-                             torch.cat([p.log_prob for p in s])) for s in zip(*trajectories)]
+    trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "x_next", "log_prob")})
+                  for parts in zip(*trajectories)]
     kl_sum, clipped, norms = torch.zeros((), device=device), torch.zeros((), device=device), []
     for share in torch.arange(samples).view(-1, args.updates_per_rollout).T:  # every update sees pictures of every group
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ def refused(script, *argv):
     return message
 
 
-def random_lora(folder, seed, rank=4, alpha=8, size=0.1):
+def random_lora(folder, seed, rank=4, alpha=8, size=0.2):
     """A LoRA for the toy with random weights, saved in `folder`."""
     from flow_sde import SD3, save_lora
     model = SD3(os.path.join(ROOT, "toy/base"))

@@ -92,7 +92,7 @@ def test_evaluate_does_not_depend_on_the_batch(loras, tmp_path):
 def test_ctrl_c_saves_and_resumes(tmp_path):
     import signal
     import time
-    argv = [sys.executable, "cold_start.py", "sft", "--batch-size", "3", "--num-steps", "2", "--steps", "5000", "--out", str(tmp_path)]
+    argv = [sys.executable, "cold_start.py", "sft", "--batch-size", "3", "--num-steps", "3", "--steps", "5000", "--out", str(tmp_path)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "log.jsonl"
     for _ in range(600):

@@ -676,7 +676,7 @@ def save_grid(path, rows, captions, cell=96):
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(11)
     side = max(cell, next(iter(rows.values())).shape[-1])
-    left, top, gap, n = 76, 44, 4, len(captions)
+    left, top, gap, n = 104, 44, 4, len(captions)
     canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, caption in enumerate(captions):

@@ -20,20 +20,21 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, fingerprint, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
-                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, save_checkpoint, save_lora,
-                      sigma_schedule, start_run, transition, truncate_lora, update_average, write_json)
+from flow_sde import (SD3, StopSignal, die, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
+                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
+                      save_checkpoint, save_lora, sigma_schedule, start_run, transition, truncate_lora, update_average, write_json)
 
 TASKS = ("compose", "ocr", "scene")
-TOY = dict(model="toy/base", teachers=[f"{t}=toy/teachers/{t}" for t in TASKS], prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
-           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=2e-3, ema=0.5, rank=16, alpha=32, save_every=20)
+TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
+           teachers=["compose=toy/teachers/compose,weight=2", "ocr=toy/teachers/ocr", "scene=toy/teachers/scene"],
+           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=2e-3, ema=0.7, rank=16, alpha=32, save_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average the teachers, or learn from their trajectories")
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task; weight: its share of the merge or of the prompts")
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add("--rank", type=int, default=32, help="of the student LoRA, for sft and --method svd (paper: 32)")
 add = parser.add_argument_group("merge").add_argument
@@ -52,7 +53,7 @@ add("--micro-batch-size", type=int, default=1, help="samples per forward")
 add("--steps", type=int, default=1000, help="updates")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
-add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
@@ -64,6 +65,8 @@ out = args.out or os.path.join("out", args.mode)
 if not args.teachers:
     die("--model needs --teachers TASK=LORA with it")
 teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
+if taken := teachers.keys() & {"base", "student", "ema"}:
+    die(f"--teachers {taken.pop()}: that name is taken; call the task something else")
 
 # -- merge ---------------------------------------------------------------------------------------------------------------
 if args.mode == "merge":
@@ -91,8 +94,8 @@ prompt_files = parse_specs("--prompts", args.prompts)
 if prompt_files.keys() != teachers.keys():
     die(f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both")
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
-if args.num_steps < 3:
-    die(f"--num-steps {args.num_steps}: must be at least 3, of which all but the last are learnt")
+if args.num_steps < 2:
+    die(f"--num-steps {args.num_steps}: must be at least 2, since the last step is not learnt")
 if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 accelerator = Accelerator(log_with=args.track, project_dir=out)
@@ -112,10 +115,9 @@ sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last st
 transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde
 weights = {task: spec["weight"] for task, spec in teachers.items()}
-free = {"steps", "out", "resume", "track", "save_every", "micro_batch_size", "model", "prompts", "teachers", "init"}  # may change on resume
-files = {"base": args.model, "init": args.init} | {f"prompts {t}": s["value"] for t, s in prompt_files.items()}
-identity = {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()}
-identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"]] for t, s in teachers.items()} | {"processes": world}
+files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
+         **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
+identity = run_identity(args, world, files) | {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
 start = resume_checkpoint(args.resume, out, model, "student", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
@@ -148,12 +150,13 @@ for step in progress:
     reduce_gradients(params, world * args.batch_size * transitions * math.prod(shape))
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if not math.isfinite(norm):
-        die(f"step {step + 1}: the loss on {', '.join(sorted(set(tasks)))} is not finite; the last checkpoint in {out} is intact. "
-            "Try a smaller --lr, or --dtype bfloat16")
+        die(f"step {step + 1}: the loss on {', '.join(sorted({task for task, _ in batch}))} is not finite; checkpoints in {out} are as they were. "
+            "Try a smaller --lr or another --dtype")
     optimizer.step()
     optimizer.zero_grad()
     update_average(ema, params, args.ema, step + 1)
-    record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * transitions), "grad_norm": norm, "seconds": time.time() - began}
+    record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * transitions), "grad_norm": norm,
+              "seconds": time.time() - began}
     stopping = stop.arrived(device)
     last = step + 1 == args.steps or stopping
     if args.track:

@@ -10,8 +10,8 @@ teachers are LoRA adapters on one frozen base, so memory hardly grows with their
 
 Objectives. `kl` (default) differentiates the closed-form KL. `ppo` is the clipped policy gradient with the action-dependent
 reward log pi_teacher(a|s) - log pi_student(a|s), whose expected gradient is the same, with more noise. `ppo-paper` is the
-policy gradient with the paper's reward, the detached closed-form -KL: that depends on the state alone, so its expected
-gradient is zero, and it does not learn. It is here so that anyone can see it.
+policy gradient with the paper's reward, the detached closed-form -KL: credited to its own step it depends on the state
+alone, so its expected gradient is zero. It is here so that anyone can see it.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob, merge_loras, parse_args,
-                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, generators, kl, load_prompts, log_prob, merge_loras, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
                       save_checkpoint, save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards
 
@@ -40,11 +40,11 @@ TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task; weight: its share of prompts")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task; weight: its share of prompts and of --init merge")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts of every teacher's task (.txt or .jsonl)")
-add("--anchor", help="MAR's aesthetic teacher: a LoRA, or `base`; without it no MAR")
+add("--anchor", default="none", help="MAR's aesthetic teacher: a LoRA, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
-add("--init", help="where the student starts: a LoRA (see cold_start.py), `merge` for the exact average of the teachers, or an untrained LoRA")
+add("--init", default="none", help="where the student starts: a LoRA, `merge`: the exact average of the teachers, or `none`: untrained")
 add("--out", default="out/distill", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
@@ -54,7 +54,7 @@ add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the stude
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
-    help="closed-form KL; clipped policy gradient; the same with the paper's reward, whose expected gradient is zero")
+    help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--group-size", type=int, default=1, help="trajectories per prompt (one is enough: no advantage to estimate)")
@@ -62,10 +62,10 @@ add("--micro-batch-size", type=int, default=1, help="samples per forward")
 add("--steps", type=int, default=1000, help="rollouts; with kl, one update each")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio, ppo only (paper: 1e-4)")
-add("--updates-per-rollout", type=int, default=2, help="optimizer updates per rollout, ppo only (paper: 2)")
+add("--updates-per-rollout", type=int, default=2, help="passes over a rollout, one update each, ppo only (paper: 2)")
 add("--rank", type=int, default=32, help="of an untrained student LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of an untrained student LoRA (paper: 64)")
-add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -96,8 +96,10 @@ rewards = parse_rewards(args.reward)
 if lonely := eval_prompts.keys() - teachers.keys():
     die(f"--eval-prompts {', '.join(lonely)}: no teacher of that task; --teachers has {', '.join(teachers)}")
 samples = args.batch_size * args.group_size  # per process and update
-if args.num_steps < 3:
-    die(f"--num-steps {args.num_steps}: must be at least 3, of which all but the last are learnt")
+if args.num_steps < 2:
+    die(f"--num-steps {args.num_steps}: must be at least 2, since the last step is not learnt")
+if bool(args.reward) != bool(args.eval_prompts):
+    die("--reward and --eval-prompts make the table at the end together: give both or neither")
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
 if args.objective != "kl" and args.sde == "ode":
@@ -114,33 +116,32 @@ model = SD3(args.model, getattr(torch, args.dtype), device)
 shape = model.latent_shape(args.resolution)
 for task, spec in teachers.items():
     model.load_adapter(task, spec["value"])
-anchor = "base"
-if args.anchor not in (None, "base"):
-    model.load_adapter(anchor := "anchor", args.anchor)
+anchor = {"none": None, "base": "base"}.get(args.anchor, "anchor")  # the adapter MAR asks
+if anchor == "anchor":
+    model.load_adapter("anchor", args.anchor)
 if args.init == "merge":
     model.add_adapter("student", merge_loras([(model.lora(t), s["weight"]) for t, s in teachers.items()]))
-elif args.init:
-    model.load_adapter("student", args.init)
-else:
+elif args.init == "none":
     model.new_adapter("student", args.rank, args.alpha, args.seed)
+else:
+    model.load_adapter("student", args.init)
 model.copy_adapter("student", "start")
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-# The last step is neither sampled nor learnt: it has almost no noise, so its KL is huge (85% of the sum on the toy), yet it hardly
-# moves the picture. Flow-GRPO leaves it out too.
+# The last step is neither sampled nor learnt, as in Flow-GRPO. It starts at t < 0.01, where the noise that the model should predict is
+# all but invisible: teachers differ most there, their KL would outweigh all other steps together, and the picture hardly moves.
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]
-transitions = len(sigmas) - 1
+transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
-    print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, from {args.init or 'nothing'}; teachers: {', '.join(teachers)}; "
-          f"anchor: {args.anchor or 'none'}; {samples * world} trajectories an update")
-free = {"steps", "out", "resume", "track", "save_every", "eval_every", "micro_batch_size", "eval_prompts", "reward", "eval_num_steps",
-        "eval_batch_size", "model", "prompts", "teachers", "anchor", "init"}  # may change on resume; files count by their content
-files = {"base": args.model, "anchor": args.anchor, "init": args.init} | {f"prompts {t}": s["value"] for t, s in prompt_files.items()}
-identity = {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()}
-identity |= {f"teacher {t}": [fingerprint(s["value"]), s["guidance"], s["weight"]] for t, s in teachers.items()} | {"processes": world}
+    print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
+          f"anchor: {args.anchor}; {samples * world} trajectories an update")
+files = {"base": args.model, "anchor": args.anchor, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
+         **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
+settings = {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
+identity = run_identity(args, world, files, "reward") | settings
 start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
@@ -152,21 +153,22 @@ fixed_rows = {}  # of the picture grid: drawn once
 def label(x, t, cond, tasks):
     """What teachers and anchor would do at (x, t), every sample its own task's teacher: data, made without a graph."""
     with torch.no_grad():
-        v_teacher = model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
-        return v_teacher, model.velocity(x, t, cond, anchor, args.guidance) if args.anchor else None
+        v_teacher = model.velocity(x, t, cond, tasks, [guidance_of(task) for task in tasks])
+        v_anchor = model.velocity(x, t, cond, anchor, args.guidance) if anchor else None
+    return v_teacher, v_anchor
 
 
 def divergence(x, v, v_teacher, v_anchor, t, t_next):
     """KL to the teacher, and MAR's KL to the anchor (0 without one), of one step: ((B,), (B,))."""
     mean, std = transition(x, v, t, t_next, args.noise_level, kl_sde)
     distance = lambda other: kl(mean, transition(x, other, t, t_next, args.noise_level, kl_sde)[0], std)
-    return distance(v_teacher), distance(v_anchor) if v_anchor is not None else mean.new_zeros(len(x))
+    return distance(v_teacher), (distance(v_anchor) if anchor else mean.new_zeros(len(x)))
 
 
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * transitions * math.prod(shape))
+    reduce_gradients(params, world * samples * transitions * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -174,14 +176,19 @@ def update():
     return norm
 
 
+def guidance_of(name):
+    """A teacher's own guidance, or everyone's."""
+    return teachers[name]["guidance"] if name in teachers else args.guidance
+
+
 def draw_grid():
     """samples.png: the same prompts and noise for base, teachers, the student before and now."""
-    items = [(t, r["prompt"]) for t, rs in (eval_prompts or prompts).items() for r in rs[:4]]
-    picture = lambda name: model.generate([p for _, p in items], generators(args.seed, 1, range(len(items))), args.eval_num_steps, args.resolution, name,
-                                          teachers.get(name, {}).get("guidance", args.guidance), batch_size=args.eval_batch_size)
+    texts = [row["prompt"] for rows in (eval_prompts or prompts).values() for row in rows[:4]]
+    picture = lambda name: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name,
+                                          guidance_of(name), batch_size=args.eval_batch_size)
     if not fixed_rows:
-        fixed_rows.update({label: picture(name) for label, name in {"base": "base", **{f"teacher {t}": t for t in teachers}, "start": "start"}.items()})
-    save_grid(os.path.join(args.out, "samples.png"), fixed_rows | {"student": picture("ema")}, [p for _, p in items])
+        fixed_rows.update({"base": picture("base"), **{f"teacher {task}": picture(task) for task in teachers}, "start": picture("start")})
+    save_grid(os.path.join(args.out, "samples.png"), fixed_rows | {"student": picture("ema")}, texts)
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------------
@@ -192,8 +199,8 @@ for step in progress:
     # pick prompts: a prompt's task decides its teacher
     shares = weights
     if args.schedule == "alternate":  # whole updates in turn, weight of them each
-        turns = [t for t in teachers for _ in range(int(weights[t]))]
-        shares = {t: float(t == turns[step % len(turns)]) for t in teachers}
+        turns = [task for task in teachers for _ in range(int(weights[task]))]
+        shares = {task: float(task == turns[step % len(turns)]) for task in teachers}
     chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
@@ -201,7 +208,6 @@ for step in progress:
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
 
-    optimizer.zero_grad()
     for i in range(0, samples, args.micro_batch_size):
         rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
         tasks = [task for task, _ in rows]
@@ -222,13 +228,13 @@ for step in progress:
             # neither the trajectory nor a second student forward is needed
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() * x[0].numel()).backward()
+                (loss.sum() * dimensions).backward()
             else:
                 # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
                 # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
-                memory.append((x, t, t_next, x_next, old, reward * x[0].numel(), v_anchor, cond))
+                memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
             kl_by_task[:, k].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
 
@@ -239,9 +245,9 @@ for step in progress:
         for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
             v = model.velocity(x, t, cond, "student", args.guidance)
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
-            to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if args.anchor else 0.0
+            to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if anchor else 0.0
             loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
-            (loss.sum() * x[0].numel()).backward()
+            (loss.sum() * dimensions).backward()
         norm = update()
     update_average(ema, params, args.ema, step + 1)
 
@@ -251,10 +257,10 @@ for step in progress:
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
         broken = [t for t, value in kls.items() if not math.isfinite(value)] or list(kls)
-        die(f"step {step + 1}: the loss on {', '.join(broken)} is not finite; the last checkpoint in {args.out} is intact. "
-            "Try a smaller --lr, or --dtype bfloat16")
+        die(f"step {step + 1}: the loss on {', '.join(broken)} is not finite; checkpoints in {args.out} are as they were. "
+            "Try a smaller --lr or another --dtype")
     record = {"step": step + 1, **{f"kl/{t}": value for t, value in kls.items()}, "grad_norm": norm, "seconds": time.time() - began}
-    if args.anchor:
+    if anchor:
         record["kl_to_anchor"] = anchor_sum.item() / counts.sum().item()
     if device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -287,14 +293,16 @@ if table:
     names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}
     total = len(names) * -(-sum(map(len, eval_prompts.values())) // world)
     with tqdm(total=total, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:
-        results = [{"model": label} | evaluate(model, name, eval_prompts, rewards, args, rank, world,
-                                               teachers.get(name, {}).get("guidance", args.guidance), teachers, bar.update) for label, name in names.items()]
+        results = [{"model": row_name} | evaluate(model, name, eval_prompts, rewards, args, rank, world, guidance_of(name), teachers, bar.update)
+                   for row_name, name in names.items()]
     if rank == 0:
         write_json(os.path.join(args.out, "results.json"), results)
         print(markdown(results))
         score = {r["model"]: r["scores"] for r in results}
-        closed = {t: (score["student"][t] - score["base"][t]) / gap for t in teachers if t in score["base"] and (gap := score[t][t] - score["base"][t]) > 0}
-        print("the student closes of the gap between base and teacher: " + ", ".join(f"{t} {share:.0%}" for t, share in closed.items()))
+        closed = {task: (score["student"][task] - score["base"][task]) / gap for task in teachers
+                  if task in score["base"] and (gap := score[task][task] - score["base"][task]) > 0}
+        if closed:
+            print("the student closes of the gap between base and teacher: " + ", ".join(f"{task} {share:.0%}" for task, share in closed.items()))
 if rank == 0:
     print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {args.out}/lora (also log.jsonl, curves.png, samples.png"
           f"{', results.json' if table else ''}, checkpoints/)")

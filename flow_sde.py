@@ -141,8 +141,8 @@ class SD3:
         self.pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=dtype).to(device)
         if dtype != torch.float32:
             self.pipe.vae.to(torch.float32)
-        self.transformer = self.pipe.transformer  # becomes a PeftModel with the first adapter; the base modules stay the same
-        self.device, self.dtype, self.peft = device, dtype, None
+        self.transformer = self.pipe.transformer
+        self.device, self.dtype, self.peft = device, dtype, None  # peft: the transformer in its PeftModel, once there is an adapter
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
             if (module := getattr(self.pipe, name)) is not None:
                 module.requires_grad_(False).eval()
@@ -521,8 +521,9 @@ def pick_prompts(prompts, weights, seed, step, count):
 
 
 def reduce_gradients(params, count):
-    """Sum the gradients over all processes in one reduction, and divide by `count`. Losses are summed, not averaged, before
-    backward and divided only here, in float32: a mean over 65,536 dimensions would round to zero in half precision."""
+    """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
+    Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536
+    dimensions would round to zero in half precision."""
     flat = torch.cat([p.grad.flatten() for p in params])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
@@ -538,7 +539,7 @@ def reduce_sum(tensor):
 
 
 def update_average(ema, params, decay, update):
-    """ema <- d ema + (1-d) params after every update, with d = decay^(1/8) (the paper: 0.9 every 8 updates), smaller at the start."""
+    """ema <- d ema + (1-d) params after every update, with d = decay^(1/8) (the paper: 0.9 once in 8 updates), smaller at the start."""
     d = min(decay ** (1 / 8), (1 + update) / (10 + update))
     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
 
@@ -560,6 +561,14 @@ def fingerprint(path):
         if os.path.getsize(file) < 2 ** 28:
             digest.update(open(file, "rb").read())
     return digest.hexdigest()[:12]
+
+
+def run_identity(args, processes, files, *free):
+    """What makes a run the same run when it is resumed: its flags, except those that only say how long, where and how often, and the
+    content of its files {what: path}."""
+    free = {*free, "steps", "out", "resume", "track", "save_every", "eval_every", "eval_num_steps", "eval_batch_size", "micro_batch_size", "model",
+            "prompts", "eval_prompts", "teachers", "anchor", "init"}  # the last ones count by content
+    return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {"processes": processes}
 
 
 def save_checkpoint(out, step, model, name, optimizer, identity, keep=2):
@@ -635,7 +644,7 @@ class StopSignal:
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""
-        return bool(self.name) if not torch.distributed.is_initialized() else reduce_sum(torch.tensor(float(bool(self.name)), device=device)).item() > 0
+        return reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0
 
     def disarm(self):
         """From here on Ctrl-C ends the program at once."""

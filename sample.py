@@ -58,7 +58,8 @@ os.makedirs(args.out, exist_ok=True)
 files = [f"{i:05d}.png" for i in range(len(jobs))]
 for file, image in zip(files, images):
     Image.fromarray((image.movedim(0, -1).numpy() * 255).round().astype("uint8")).save(os.path.join(args.out, file))
-write_json(os.path.join(args.out, "samples.json"), {"args": vars(args), "pictures": [{"file": f, "prompt": t, "index": k} for f, (t, k) in zip(files, jobs)]})
+pictures = [{"file": file, "prompt": text, "index": k} for file, (text, k) in zip(files, jobs)]
+write_json(os.path.join(args.out, "samples.json"), {"args": vars(args), "pictures": pictures})
 columns = images.unflatten(0, (len(texts), args.num_images))[:16]  # one column a prompt
 save_grid(os.path.join(args.out, "grid.png"), {f"{k}": columns[:, k] for k in range(min(8, args.num_images))}, texts[:16])
 print(f"{len(jobs)} pictures, grid.png and samples.json in {args.out}")

@@ -2,7 +2,7 @@
 
     python toy.py                 # draw the world, score clean and damaged pictures of it      (seconds)
     python toy.py prompts         # write toy/prompts/{compose,ocr,scene}_{train,val,test}.txt   (seconds)
-    python toy.py train           # train toy/base, a 5 MB StableDiffusion3Pipeline, from nothing (45 minutes, 2 cores)
+    python toy.py train           # train toy/base, a 6 MB StableDiffusion3Pipeline, from nothing (50 minutes, 2 cores)
 
 Pictures are 32x32. There are three tasks, each with prompts, a renderer and a program that scores pictures:
 

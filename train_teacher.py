@@ -21,8 +21,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, fingerprint, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
-                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, save_checkpoint,
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
+                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity, save_checkpoint,
                       save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
 
@@ -46,9 +46,8 @@ add("--num-steps", type=int, default=10, help="sampling steps while training (pa
 add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="the stochastic sampler")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
-add("--sde-window", type=int, default=0, help="steps with noise, the only ones trained, at a random place in the first "
-                    "half (Flow-GRPO-Fast: 2); 0: all steps")
-add("--same-noise", action=argparse.BooleanOptionalAction, default=False, help="start a group's pictures from the same noise: they then differ by what is reinforced alone")
+add("--sde-window", type=int, default=0, help="steps with noise and training, at random in the first half (Flow-GRPO-Fast: 2); 0: all")
+add("--same-noise", action=argparse.BooleanOptionalAction, help="a group's pictures start from the same noise, so they differ only by what is trained")
 add = parser.add_argument_group("learning").add_argument
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
@@ -57,12 +56,11 @@ add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each 
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
-add("--ratio-norm", action=argparse.BooleanOptionalAction, default=False, help="divide log-ratios by their step's scale, so that all steps weigh alike "
-                    "(GRPO-Guard, arXiv 2510.22319); wants a larger --clip-range")
+add("--ratio-norm", action=argparse.BooleanOptionalAction, help="steps weigh alike: log-ratios over their step's scale (GRPO-Guard, arXiv 2510.22319)")
 add("--beta", type=float, default=0.04, help="weight of the KL to the base (paper: 0.04)")
 add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
-add("--ema", type=float, default=0.9, help="decay of the averaged LoRA, every 8 updates (paper: 0.9)")
+add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -112,10 +110,8 @@ sigmas = sigma_schedule(args.num_steps, model.shift)
 if rank == 0:
     print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
-free = {"steps", "out", "resume", "track", "save_every", "eval_every", "model", "init", "prompts", "eval_prompts", "micro_batch_size",
-        "eval_batch_size", "eval_num_steps"}  # may change on resume; files count by their content
-identity = {k: v for k, v in vars(args).items() if k not in free} | {"processes": world, "base": fingerprint(args.model)}
-identity |= {f"prompts {t}": fingerprint(s["value"]) for t, s in prompt_specs.items()} | {"init": args.init and fingerprint(args.init)}
+files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()}}
+identity = run_identity(args, world, files) | {f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
@@ -208,8 +204,8 @@ for step in progress:
         reduce_gradients(params, world * len(share) * len(trajectory) * math.prod(shape))
         norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         if not math.isfinite(norms[-1]):
-            die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; the last checkpoint in {args.out} is intact. "
-                "Try a smaller --lr, or --dtype bfloat16")
+            die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in {args.out} are as they were. "
+                "Try a smaller --lr or another --dtype")
         optimizer.step()
         update_average(ema, params, args.ema, step * args.updates_per_rollout + len(norms))
 

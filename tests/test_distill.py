@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import TASKS, distill, few, random_lora, read_log
+from conftest import TASKS, distill, few, read_log
 from safetensors.torch import load_file
 
-from flow_sde import SD3, generators, kl, pick_prompts, randn, rollout, sigma_schedule, transition
+from flow_sde import generators, kl, pick_prompts, randn, rollout, sigma_schedule, transition
 
 
 @pytest.fixture
@@ -138,8 +138,10 @@ def test_what_a_run_leaves_behind(loras, tmp_path):
         distill(loras, str(tmp_path / sde), sde=sde, anchor=anchor, steps=1)
     # the student, a file like any teacher: from it, or from nothing, another run can start
     distill(loras, str(tmp_path / "next"), init=str(tmp_path / "run/lora"))
-    model = SD3("toy/base")
-    model.load_adapter("x", random_lora(tmp_path / "x", 9))
+    untrained = distill(loras, str(tmp_path / "none"), init="none", anchor="none", rank=4, alpha=8, lr=0)
+    assert untrained["results"][-1]["scores"] == pytest.approx(untrained["results"][0]["scores"])
+    merged = distill(loras, str(tmp_path / "merged"), init="merge", lr=0)
+    assert merged["model"].lora("student").keys() == merged["model"].lora("ocr").keys()
 
 
 def test_a_broken_teacher_stops_the_run_with_its_name(loras, tmp_path):

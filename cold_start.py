@@ -17,12 +17,11 @@ import os
 import time
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, die, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
                       plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_lora, sigma_schedule, start_run, transition, truncate_lora, update_average, write_json)
+                      save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, transition, truncate_lora, update_average, write_json)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
@@ -98,7 +97,7 @@ if args.num_steps < 2:
     die(f"--num-steps {args.num_steps}: must be at least 2, since the last step is not learnt")
 if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
-accelerator = Accelerator(log_with=args.track, project_dir=out)
+accelerator = start_processes(args.track, out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device)
 shape = model.latent_shape(args.resolution)

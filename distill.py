@@ -21,12 +21,11 @@ import os
 import time
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, clipped_surrogate, die, generators, kl, load_prompts, log_prob, merge_loras, parse_args,
                       parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
+                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
@@ -110,7 +109,7 @@ if args.objective == "ppo-paper":
     print("note: ppo-paper's reward depends on the state alone, so its expected gradient is zero: it is here to be seen not to learn")
 
 # -- devices and models: one frozen base, everyone else an adapter on it ------------------------------------------------------
-accelerator = Accelerator(log_with=args.track, project_dir=args.out)
+accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device)
 shape = model.latent_shape(args.resolution)

@@ -12,10 +12,9 @@ import argparse
 import os
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
-from flow_sde import SD3, die, generators, load_prompts, parse_args, parse_specs, save_grid, write_json
+from flow_sde import SD3, die, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes, write_json
 from rewards import evaluate, markdown, parse_rewards, rewards_of
 
 TASKS = ("compose", "ocr", "scene")
@@ -49,7 +48,7 @@ if any(m.startswith("base=") for m in args.models):
     die("--models base=...: `base` is the bare model; call the LoRA something else")
 specs = parse_specs("--models", [m for m in args.models if m != "base"], guidance=args.guidance)
 names = (["base"] if "base" in args.models else []) + list(specs)
-accelerator = Accelerator()
+accelerator = start_processes()
 rank, world = accelerator.process_index, accelerator.num_processes
 model = SD3(args.model, getattr(torch, args.dtype), accelerator.device)
 model.latent_shape(args.resolution)

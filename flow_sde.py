@@ -520,6 +520,13 @@ def pick_prompts(prompts, weights, seed, step, count):
     return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
 
 
+def start_processes(track=None, out=None):
+    """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join torchrun's CPU processes: left to
+    itself, every one of them would take itself for the only one."""
+    from accelerate import Accelerator
+    return Accelerator(cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
+
+
 def reduce_gradients(params, count):
     """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
     Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536

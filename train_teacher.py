@@ -18,12 +18,11 @@ import os
 import time
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, clipped_surrogate, die, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
                       pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity, save_checkpoint,
-                      save_grid, save_lora, sigma_schedule, start_run, transition, update_average, write_json)
+                      save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
@@ -47,7 +46,8 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper
 add("--sde", choices=["flow", "cps"], default="flow", help="the stochastic sampler")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add("--sde-window", type=int, default=0, help="steps with noise and training, at random in the first half (Flow-GRPO-Fast: 2); 0: all")
-add("--same-noise", action=argparse.BooleanOptionalAction, help="a group's pictures start from the same noise, so they differ only by what is trained")
+add("--same-noise", action=argparse.BooleanOptionalAction,
+    help="a group's pictures start from the same noise, so they differ only by what is trained")
 add = parser.add_argument_group("learning").add_argument
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
@@ -56,7 +56,8 @@ add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each 
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
-add("--ratio-norm", action=argparse.BooleanOptionalAction, help="steps weigh alike: log-ratios over their step's scale (GRPO-Guard, arXiv 2510.22319)")
+add("--ratio-norm", action=argparse.BooleanOptionalAction,
+    help="steps weigh alike: log-ratios over their step's scale (GRPO-Guard, arXiv 2510.22319)")
 add("--beta", type=float, default=0.04, help="weight of the KL to the base (paper: 0.04)")
 add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
@@ -95,7 +96,7 @@ if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive; without noise there is nothing to reinforce")
 
 # -- devices and models ---------------------------------------------------------------------------------------------------
-accelerator = Accelerator(log_with=args.track, project_dir=args.out)
+accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device)
 shape = model.latent_shape(args.resolution)

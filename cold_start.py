@@ -19,7 +19,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
+from flow_sde import (SD3, StopSignal, die, end_processes, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
                       plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
                       save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, transition, truncate_lora, update_average, write_json)
 
@@ -171,4 +171,4 @@ for step in progress:
 if rank == 0:
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
     print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
-accelerator.end_training()
+end_processes(accelerator)

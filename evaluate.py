@@ -14,7 +14,7 @@ import os
 import torch
 from tqdm import tqdm
 
-from flow_sde import SD3, die, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes, write_json
+from flow_sde import SD3, die, end_processes, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes, write_json
 from rewards import evaluate, markdown, parse_rewards, rewards_of
 
 TASKS = ("compose", "ocr", "scene")
@@ -67,4 +67,4 @@ if rank == 0:
               args.resolution, name, guidance[name], batch_size=args.eval_batch_size) for name in names}, items)
     print(markdown(results))
     print(f"done: {args.out}/results.json (also results.md, samples.png)")
-accelerator.end_training()
+end_processes(accelerator)

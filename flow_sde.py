@@ -527,6 +527,15 @@ def start_processes(track=None, out=None):
     return Accelerator(cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
 
 
+def end_processes(accelerator):
+    """Leave together. gloo's threads sometimes abort a process whose interpreter is shutting down, so several processes skip that."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
 def reduce_gradients(params, count):
     """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
     Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536

@@ -20,7 +20,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, end_processes, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
                       pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity, save_checkpoint,
                       save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
@@ -245,4 +245,4 @@ if rank == 0:
         print(markdown(results))
     print(f"stopped (--resume auto goes on): {args.out}/checkpoints" if stopping else
           f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
-accelerator.end_training()
+end_processes(accelerator)

@@ -2,7 +2,7 @@
 
     python cold_start.py merge       # the weighted average of the teachers' weight changes; no model is loaded  (a second)
     python cold_start.py sft         # off-policy distillation: the student learns on trajectories the teachers sample
-    torchrun --nproc_per_node=8 cold_start.py sft --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+    torchrun --nproc_per_node=8 cold_start.py sft --model stabilityai/stable-diffusion-3.5-medium \\
         --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
@@ -26,7 +26,8 @@ from flow_sde import (SD3, StopSignal, die, end_processes, generators, kl, listi
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
            teachers=["compose=toy/teachers/compose,weight=2", "ocr=toy/teachers/ocr", "scene=toy/teachers/scene"],
-           resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=2e-3, ema=0.7, rank=16, alpha=32, save_every=20)
+           resolution=32, dtype="float32", guidance=1.0, batch_size=48, micro_batch_size=48, steps=100, lr=2e-3, ema=0.7, rank=16, alpha=32,
+           save_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -53,9 +54,13 @@ add("--steps", type=int, default=1000, help="updates")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
+add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
@@ -99,10 +104,10 @@ if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 accelerator = start_processes(args.track, out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
 shape = model.latent_shape(args.resolution)
 for task, spec in teachers.items():
-    model.load_adapter(task, spec["value"])
+    model.load_teacher(task, spec["value"])
 if args.init:
     model.load_adapter("student", args.init)
 else:
@@ -130,10 +135,12 @@ for step in progress:
     batch = pick_prompts(prompts, weights, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     gens = generators(args.seed, step, range(rank * args.batch_size, (rank + 1) * args.batch_size))
     kl_sum = torch.zeros((), device=device)
+    conds = model.encode([row["prompt"] for _, row in batch])
     for i in range(0, args.batch_size, args.micro_batch_size):
+        if stop.name:
+            break
         rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
-        tasks = [task for task, _ in rows]
-        cond = model.encode([row["prompt"] for _, row in rows])
+        tasks, cond = [task for task, _ in rows], [c[i:i + args.micro_batch_size] for c in conds]
         draw = lambda: randn(g, shape, device)
 
         def teacher(x, t):  # the teacher walks, each on its own task's prompts
@@ -146,6 +153,8 @@ for step in progress:
             loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)      # (B,)
             (loss.sum() * x[0].numel()).backward()
             kl_sum += loss.detach().sum()
+    if stopping := stop.arrived(device):  # the update in hand is given up
+        break
     reduce_gradients(params, world * args.batch_size * transitions * math.prod(shape))
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if not math.isfinite(norm):
@@ -156,19 +165,18 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
     record = {"step": step + 1, "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * transitions), "grad_norm": norm,
               "seconds": time.time() - began}
-    stopping = stop.arrived(device)
-    last = step + 1 == args.steps or stopping
+    last = step + 1 == args.steps
     if args.track:
         accelerator.log(record, step=step + 1)
     if rank == 0:
         log.write(json.dumps(record) + "\n"), log.flush()
         progress.set_postfix(kl=f"{record['kl']:.1e}")
         if (step + 1) % args.save_every == 0 or last:
-            save_checkpoint(out, step + 1, model, "student", optimizer, identity)
+            save_checkpoint(out, step + 1, model, "student", optimizer, identity, args.keep)
             plot_curves(out)
-    if stopping:
-        break
 if rank == 0:
+    if stopping and step > start:
+        save_checkpoint(out, step, model, "student", optimizer, identity, args.keep)
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
     print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
 end_processes(accelerator)

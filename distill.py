@@ -4,7 +4,7 @@ the loss. Manifold Anchor Regularization (MAR) adds the same distance, times lam
 teachers are LoRA adapters on one frozen base, so memory hardly grows with their number. No reward is computed in training.
 
     python distill.py                                                     # the toy: three teachers, two CPU cores, minutes
-    torchrun --nproc_per_node=8 distill.py --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+    torchrun --nproc_per_node=8 distill.py --model stabilityai/stable-diffusion-3.5-medium \\
         --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval,guidance=1 ocr=jieliu/SD3.5M-FlowGRPO-Text \\
         --prompts geneval=geneval.jsonl ocr=ocr.txt --init out/merge/lora --anchor base
 
@@ -18,30 +18,32 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, end_processes, generators, kl, load_prompts, log_prob, merge_loras, parse_args,
-                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
+                      parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
+                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
            teachers=["compose=toy/teachers/compose,weight=2", "ocr=toy/teachers/ocr", "scene=toy/teachers/scene"],  # compose is the hardest
-           anchor="toy/teachers/quality", init="merge", out="out/distill", resolution=32, guidance=1.0, batch_size=48, micro_batch_size=48,
-           steps=140, lr=2e-3, ema=0.7, eval_prompts=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+           anchor="toy/teachers/quality", init="merge", out="out/distill", resolution=32, dtype="float32", guidance=1.0,
+           batch_size=48, micro_batch_size=48, steps=140, lr=2e-3, ema=0.7, eval_prompts=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
            reward=[f"toy.{t}" for t in (*TASKS, "quality")], eval_num_steps=10, eval_batch_size=128, save_every=20, eval_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one teacher a task; weight: its share of prompts and of --init merge")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]",
+    help="one teacher a task, a LoRA or a full fine-tune; weight: its share of prompts and of --init merge")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts of every teacher's task (.txt or .jsonl)")
-add("--anchor", default="none", help="MAR's aesthetic teacher: a LoRA, `base`, or `none`: no MAR")
+add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's aesthetic teacher: a LoRA or a full fine-tune, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
 add("--init", default="none", help="where the student starts: a LoRA, `merge`: the exact average of the teachers, or `none`: untrained")
 add("--out", default="out/distill", help="folder of the run")
@@ -66,7 +68,10 @@ add("--rank", type=int, default=32, help="of an untrained student LoRA (paper: 3
 add("--alpha", type=float, default=64, help="of an untrained student LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for the table at the end")
 add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
@@ -74,6 +79,7 @@ add("--eval-every", type=int, default=50, help="updates between curves and grids
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
 add("--eval-batch-size", type=int, default=16, help="pictures per forward of the table")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
+add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
@@ -89,6 +95,7 @@ if lonely := [t for t in teachers if t not in prompt_files]:
     die(f"--teachers {', '.join(lonely)}: no prompts of that task; --prompts has {', '.join(prompt_files)}")
 if taken := teachers.keys() & {"base", "student", "start", "ema", "anchor"}:
     die(f"--teachers {taken.pop()}: that name is taken; call the task something else")
+anchor_path, anchor_guidance = re.fullmatch(r"(.*?)(?:,guidance=(\d+\.?\d*|\.\d+))?", args.anchor).groups()
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
 eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
 rewards = parse_rewards(args.reward)
@@ -111,14 +118,19 @@ if args.objective == "ppo-paper":
 # -- devices and models: one frozen base, everyone else an adapter on it ------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
 shape = model.latent_shape(args.resolution)
 for task, spec in teachers.items():
-    model.load_adapter(task, spec["value"])
-anchor = {"none": None, "base": "base"}.get(args.anchor, "anchor")  # the adapter MAR asks
+    model.load_teacher(task, spec["value"])
+anchor = {"none": None, "base": "base"}.get(anchor_path, "anchor")  # whom MAR asks
 if anchor == "anchor":
-    model.load_adapter("anchor", args.anchor)
+    model.load_teacher("anchor", anchor_path)
+for name, network in model.full.items() if rank == 0 else ():
+    size = sum(p.nbytes for p in network.parameters()) / 1e9
+    print(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more on every device")
 if args.init == "merge":
+    if whole := [t for t in teachers if t in model.full]:
+        die(f"--init merge: {whole[0]} is a full fine-tune and LoRAs are what is merged; give another --init")
     model.add_adapter("student", merge_loras([(model.lora(t), s["weight"]) for t, s in teachers.items()]))
 elif args.init == "none":
     model.new_adapter("student", args.rank, args.alpha, args.seed)
@@ -137,10 +149,10 @@ weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
           f"anchor: {args.anchor}; {samples * world} trajectories an update")
-files = {"base": args.model, "anchor": args.anchor, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
+files = {"base": args.model, "anchor": anchor_path, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
 settings = {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
-identity = run_identity(args, world, files, "reward") | settings
+identity = run_identity(args, world, files, "reward") | settings | {"anchor's guidance": anchor_guidance}
 start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
@@ -153,7 +165,7 @@ def label(x, t, cond, tasks):
     """What teachers and anchor would do at (x, t), every sample its own task's teacher: data, made without a graph."""
     with torch.no_grad():
         v_teacher = model.velocity(x, t, cond, tasks, [guidance_of(task) for task in tasks])
-        v_anchor = model.velocity(x, t, cond, anchor, args.guidance) if anchor else None
+        v_anchor = model.velocity(x, t, cond, anchor, guidance_of("anchor")) if anchor else None
     return v_teacher, v_anchor
 
 
@@ -176,18 +188,21 @@ def update():
 
 
 def guidance_of(name):
-    """A teacher's own guidance, or everyone's."""
-    return teachers[name]["guidance"] if name in teachers else args.guidance
+    """A teacher's or the anchor's own guidance, or everyone's."""
+    own = anchor_guidance if name == "anchor" else teachers.get(name, {}).get("guidance")
+    return float(own or args.guidance)
 
 
 def draw_grid():
     """samples.png: the same prompts and noise for base, teachers, the student before and now."""
     texts = [row["prompt"] for rows in (eval_prompts or prompts).values() for row in rows[:4]]
-    picture = lambda name: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name,
-                                          guidance_of(name), batch_size=args.eval_batch_size)
+    names = {"student": "ema"}
     if not fixed_rows:
-        fixed_rows.update({"base": picture("base"), **{f"teacher {task}": picture(task) for task in teachers}, "start": picture("start")})
-    save_grid(os.path.join(args.out, "samples.png"), fixed_rows | {"student": picture("ema")}, texts)
+        names = {"base": "base", **{f"teacher {task}": task for task in teachers}, "start": "start"} | names
+    drawn = draw_rows(model, {row: (name, guidance_of(name)) for row, name in names.items()}, texts, args, rank, world, stop)
+    if drawn and rank == 0:
+        save_grid(os.path.join(args.out, "samples.png"), fixed_rows | drawn, texts)
+    fixed_rows.update(drawn or {})
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------------
@@ -206,12 +221,15 @@ for step in progress:
     kl_by_task = torch.zeros(len(teachers), transitions, device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
+    conds = model.encode([row["prompt"] for _, row in batch])
 
     for i in range(0, samples, args.micro_batch_size):
+        if stop.name:
+            break
         rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
         tasks = [task for task, _ in rows]
         index = torch.tensor([list(teachers).index(t) for t in tasks], device=device)
-        cond = model.encode([row["prompt"] for _, row in rows])
+        cond = [c[i:i + args.micro_batch_size] for c in conds]
         draw = lambda: randn(g, shape, device)
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
@@ -236,6 +254,9 @@ for step in progress:
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
             kl_by_task[:, k].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
+
+    if stopping := stop.arrived(device):  # told to leave: the update in hand is given up
+        break
 
     # update: one step on the gradient of the whole batch; ppo walks its stored trajectories again, once per update
     if args.objective == "kl":
@@ -263,8 +284,7 @@ for step in progress:
         record["kl_to_anchor"] = anchor_sum.item() / counts.sum().item()
     if device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    stopping = stop.arrived(device)
-    last = step + 1 == args.steps or stopping
+    last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
         record["kl_by_sigma"] = (kl_by_task.sum(0) / counts.sum() * transitions).tolist()
@@ -275,18 +295,19 @@ for step in progress:
         progress.set_postfix({f"kl {t}": f"{value:.1e}" for t, value in kls.items()})
         if step == 0:
             progress.write("KL to the teachers before the first update: " + ", ".join(f"{t} {value:.2e}" for t, value in kls.items()))
+        if (step + 1) % args.save_every == 0 or last:
+            save_checkpoint(args.out, step + 1, model, "student", optimizer, identity, args.keep)
         if now_and_then:
             plot_curves(args.out)
-            draw_grid()
-        if (step + 1) % args.save_every == 0 or last:
-            save_checkpoint(args.out, step + 1, model, "student", optimizer, identity)
-    if stopping:
-        break
+    if now_and_then:
+        draw_grid()
 
 # -- what came of it ------------------------------------------------------------------------------------------------------------
 table = bool(eval_prompts and rewards and not stopping)
 stop.disarm()
 if rank == 0:
+    if stopping and step > start:
+        save_checkpoint(args.out, step, model, "student", optimizer, identity, args.keep)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
 if table:
     names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}

@@ -10,8 +10,12 @@ floats: all samples of a batch are at the same step, and nothing in the loop wai
 """
 
 import argparse
+import contextlib
+import datetime
+import errno
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -19,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -127,9 +132,13 @@ TARGETS = ["attn." + p for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj
 class SD3:
     """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer. The trainable adapter is peft's ACTIVE
     one and stays so; every other adapter is asked for by name, per sample. So no adapter is ever switched between a
-    forward and its backward, a mistake that costs the student its gradient without an error."""
+    forward and its backward, a mistake that costs the student its gradient without an error. A teacher that is no LoRA but
+    a whole transformer of its own stands beside the base in `full` and is asked for by name all the same.
 
-    def __init__(self, model, dtype=torch.float32, device="cpu"):
+    dtype is the frozen networks'; LoRA weights, latents, guidance and the SDE are float32. use_t5=False leaves out the largest text
+    encoder (its tokens are zeros, as in diffusers); offload keeps the text encoders in the CPU's memory but while they encode."""
+
+    def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False):
         import warnings
         from diffusers import StableDiffusion3Pipeline
         from diffusers.utils import logging as diffusers_logging
@@ -137,15 +146,20 @@ class SD3:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # `dtype` is silently ignored by diffusers 0.37
-        check_model(model)
-        self.pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=dtype).to(device)
-        if dtype != torch.float32:
-            self.pipe.vae.to(torch.float32)
+        has_t5 = check_model(model).get("text_encoder_3", [None])[0] is not None
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(
+            model, torch_dtype=dtype, **({} if use_t5 and has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
         self.transformer = self.pipe.transformer
-        self.device, self.dtype, self.peft = device, dtype, None  # peft: the transformer in its PeftModel, once there is an adapter
-        for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-            if (module := getattr(self.pipe, name)) is not None:
-                module.requires_grad_(False).eval()
+        self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
+        self.peft = None  # the transformer in its PeftModel, once there is an adapter
+        self.text_encoders = [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+        for module in (self.transformer, self.pipe.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+            if not (offload and module in self.text_encoders):
+                module.to(device)
+        self.pipe.vae.to(torch.float32)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
         t5 = self.pipe.tokenizer_3
         self.max_length = 256 if t5 is None else min(256, t5.model_max_length)
         self.shift = self.pipe.scheduler.config.shift
@@ -162,10 +176,22 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """list of B strings -> (embeds (B, L, D), pooled (B, P))."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, prompts, prompts, device=self.device,
-                                                       do_classifier_free_guidance=False, max_sequence_length=self.max_length)
-        return embeds.to(self.dtype), pooled.to(self.dtype)
+        """list of B strings -> (embeds (B, L, D), pooled (B, P)); a prompt that stands there twice is encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        tensors = [t for e in self.text_encoders for t in (*e.parameters(), *e.buffers())] if self.offload else []
+        resting = [t.data for t in tensors]
+        for t in tensors:
+            t.data = t.data.to(self.device)
+        parts = []
+        for i in range(0, len(unique), 16):
+            texts = unique[i:i + 16]
+            embeds, _, pooled, _ = self.pipe.encode_prompt(texts, texts, texts, device=self.device, do_classifier_free_guidance=False,
+                                                           max_sequence_length=self.max_length)
+            parts.append((embeds.to(self.dtype), pooled.to(self.dtype)))
+        for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
+            t.data = data
+        rows = [unique.index(p) for p in prompts]
+        return tuple(torch.cat(kind)[rows] for kind in zip(*parts))
 
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
         """v(x_t, t | cond) in float32, with classifier-free guidance v = v_uncond + g (v_cond - v_uncond).
@@ -182,18 +208,44 @@ class SD3:
             pooled = torch.cat([pooled, self.null[1].expand(len(guided), -1)])
             x_in = torch.cat([x, x[guided]])
             names += [names[i] for i in guided]
-        kwargs = {}
-        if self.peft is not None and set(names) != {self.peft.active_adapter}:
-            kwargs["adapter_names"] = ["__base__" if n == "base" else n for n in names]
-        timestep = torch.full((len(x_in),), t * 1000, device=x.device)
-        v = (self.peft or self.transformer)(hidden_states=x_in.to(self.dtype), timestep=timestep, encoder_hidden_states=embeds,
-                                            pooled_projections=pooled, return_dict=False, **kwargs)[0].float()
+        v = self._forward(x_in.to(self.dtype), t, embeds, pooled, names).float()
         if not guided:
             return v
         v_cond, v_uncond = v[:len(x)], v[len(x):]
         g = torch.tensor([scales[i] for i in guided], device=x.device).view(-1, 1, 1, 1)
         index = torch.tensor(guided, device=x.device)
         return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
+
+    def _forward(self, x, t, embeds, pooled, names):
+        """The network of every sample's name at (x, t). One adapter for the whole batch costs nothing extra; several share a forward."""
+        alone = next((n for n in names if n in self.full), None)
+        if alone and set(names) != {alone}:  # one network at a time
+            v = torch.empty_like(x)
+            for rows in ([i for i, n in enumerate(names) if n == alone], [i for i, n in enumerate(names) if n != alone]):
+                v[rows] = self._forward(x[rows], t, embeds[rows], pooled[rows], [names[i] for i in rows])
+            return v
+        network, active, kwargs = self.full.get(alone, self.peft or self.transformer), None, {}
+        if not alone and self.peft is not None and set(names) != {self.peft.active_adapter}:
+            if len(set(names)) == 1 and names[0] != "base" and not torch.is_grad_enabled():
+                active = names[0]
+            else:
+                kwargs["adapter_names"] = ["__base__" if n == "base" else n for n in names]
+        with self._answering(active):
+            return network(hidden_states=x, timestep=torch.full((len(x),), t * 1000, device=x.device), encoder_hidden_states=embeds,
+                           pooled_projections=pooled, return_dict=False, **kwargs)[0]
+
+    @contextlib.contextmanager
+    def _answering(self, name):
+        """Another adapter answers one forward without gradient: peft's set_adapter would also change who is trained."""
+        layers = [m for m in self.transformer.modules() if hasattr(m, "lora_A")] if name else []
+        before = [layer._active_adapter for layer in layers]
+        for layer in layers:
+            layer._active_adapter = [name]
+        try:
+            yield
+        finally:
+            for layer, adapter in zip(layers, before):
+                layer._active_adapter = adapter
 
     @torch.no_grad()
     def decode(self, latents):
@@ -204,12 +256,8 @@ class SD3:
         return torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow", batch_size=None):
+    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow"):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers pipeline's."""
-        if batch_size and len(prompts) > batch_size:
-            cut = range(0, len(prompts), batch_size)
-            return torch.cat([self.generate(prompts[i:i + batch_size], gens[i:i + batch_size], num_steps, resolution, adapter, guidance,
-                                            noise_level, sde) for i in cut])
         shape, cond = self.latent_shape(resolution), self.encode(prompts)
         draw = lambda: randn(gens, shape, self.device)
         velocity = lambda x, t: self.velocity(x, t, cond, adapter, guidance)
@@ -217,7 +265,28 @@ class SD3:
             pass
         return self.decode(step.x_next)
 
+    def save_pipeline(self, folder, name):
+        """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use after it."""
+        if self.peft is not None:
+            self.pipe.transformer = self.peft.merge_and_unload(adapter_names=[name])
+        self.pipe.vae.to(self.dtype)
+        self.pipe.save_pretrained(folder + ".new")
+        os.rename(folder + ".new", folder)
+
     # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def load_teacher(self, name, path):
+        """A LoRA, as load_adapter; or a full fine-tune: the folder or hub id of a pipeline or of its transformer."""
+        folder = transformer_folder(locate(path))
+        if not folder:
+            return self.load_adapter(name, path)
+        from diffusers import SD3Transformer2DModel
+        network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=self.dtype)
+        ours, theirs = self.transformer.config, network.config
+        if odd := [f"{k} is {theirs[k]}, the model's {ours[k]}" for k in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
+                                                                          "pos_embed_max_size") if theirs[k] != ours[k]]:
+            die(f"{path}: a transformer that does not fit this model: {listing(odd)}")
+        self.full[name] = network.to(self.device).requires_grad_(False).eval()
 
     def new_adapter(self, name, rank, alpha, seed=0):
         """An untrained LoRA on the eight attention projections: A Gaussian, B zero, so it starts as the base."""
@@ -299,11 +368,9 @@ class SD3:
 def read_lora(path):
     """A LoRA as {module: (A (r, in), B (out, r), alpha)} float32, and its adapter_config.json ({} for the diffusers layout)."""
     from safetensors import safe_open
-    folder = path
-    if not os.path.exists(path):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-            die(f"{path}: no such LoRA folder or file")
-        folder = fetch(path, ["adapter_config.json", "*.safetensors"])
+    folder = locate(path)
+    if transformer_folder(folder):
+        die(f"{path}: a full fine-tune; here only a LoRA will do")
     if os.path.isdir(folder):
         names = [f for f in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if os.path.exists(os.path.join(folder, f))]
         if not names:
@@ -324,7 +391,7 @@ def read_lora(path):
     meta = config or {k.removeprefix("transformer."): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
     parts, alphas, strange = {}, {}, []
     for key, tensor in tensors.items():
-        plain = re.sub(r"^(base_model\.model\.|transformer\.)", "", key)
+        plain = re.sub(r"^(transformer\.)?(base_model\.model\.)?", "", key)
         if m := re.fullmatch(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)(\.default)?\.weight", plain):
             parts.setdefault(m[1], {})["A" if m[2] in ("lora_A", "lora.down") else "B"] = tensor
         elif plain.endswith(".alpha"):
@@ -347,18 +414,18 @@ def save_lora(lora, folder):
     """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors), and the one that
     `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha in its metadata: without it diffusers
     takes alpha = rank, and the picture is another one."""
-    from diffusers import StableDiffusion3Pipeline
-    from safetensors.torch import save_file
-    final, folder = folder, str(folder).rstrip("/") + ".new"  # written beside, then renamed
+    from safetensors.torch import save
+    final, folder = str(folder).rstrip("/"), str(folder).rstrip("/") + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     config = lora_config(lora).to_dict() | {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
+    config = json.loads(json.dumps(config, default=str))
     tensors = {f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous() for n, ab in lora.items() for kind, p in zip("AB", ab)}
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    save_file({"base_model.model." + k: v for k, v in tensors.items()}, os.path.join(folder, "adapter_model.safetensors"))
-    StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=config)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(folder, final)
+    write(os.path.join(folder, "adapter_model.safetensors"), save({"base_model.model." + k: v for k, v in tensors.items()}, {"format": "pt"}))
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({"transformer." + k: v for k, v in config.items()}, sort_keys=True)}
+    write(os.path.join(folder, "pytorch_lora_weights.safetensors"), save({"transformer." + k: v for k, v in tensors.items()}, metadata))
+    replace_folder(folder, final)
 
 
 def lora_config(lora):
@@ -394,6 +461,24 @@ def truncate_lora(lora, rank):
     return out
 
 
+def locate(path):
+    """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is, a hub id is downloaded once."""
+    if os.path.exists(path):
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        die(f"{path}: no such LoRA folder or file")
+    return fetch(path, ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",  # a LoRA
+                        "config.json", "diffusion_pytorch_model*", "transformer/*"])  # a transformer, alone or of a pipeline
+
+
+def transformer_folder(folder):
+    """The folder of an SD3 transformer's weights, if `folder` is one or is a pipeline; else None."""
+    for place in (folder, os.path.join(folder, "transformer")):
+        config = os.path.join(place, "config.json")
+        if os.path.isfile(config) and json.load(open(config)).get("_class_name") == "SD3Transformer2DModel":
+            return place
+
+
 def fetch(repo, patterns):
     """A hub repository's files, downloaded once; a clear end where it cannot be had."""
     from huggingface_hub import snapshot_download
@@ -404,15 +489,17 @@ def fetch(repo, patterns):
 
 
 def check_model(model):
+    """The model_index.json of a folder or hub id, which must be a pipeline of Stable Diffusion 3."""
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "model_index.json")):
         die(f"--model {model}: not a diffusers pipeline folder (no model_index.json in it)")
     if not os.path.isdir(model):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
             die(f"--model {model}: no such folder")
         model = fetch(model, ["model_index.json"])
-    kind = json.load(open(os.path.join(model, "model_index.json"))).get("_class_name")
-    if kind != "StableDiffusion3Pipeline":
-        die(f"--model {model}: a {kind}; this program needs a StableDiffusion3Pipeline")
+    index = json.load(open(os.path.join(model, "model_index.json")))
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        die(f"--model {model}: a {index.get('_class_name')}; this program needs a StableDiffusion3Pipeline")
+    return index
 
 
 # ======================================================================================================================
@@ -424,12 +511,22 @@ def die(message):
     raise SystemExit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
+def report(kind, error, trace):
+    """sys.excepthook: a full disk is no bug, so it gets one line too."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
+              "saved before is whole. Make room, then go on with --resume auto", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def listing(names, most=4):
     return ", ".join(map(str, list(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that fit it."""
+    sys.excepthook = report
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
     parser.epilog = "Without --model, other defaults: " + ", ".join(
         f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in toy.items() if k != "model")
@@ -523,8 +620,9 @@ def pick_prompts(prompts, weights, seed, step, count):
 def start_processes(track=None, out=None):
     """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join torchrun's CPU processes: left to
     itself, every one of them would take itself for the only one."""
-    from accelerate import Accelerator
-    return Accelerator(cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # for one another; one that dies is noticed by torchrun at once
+    return Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
 
 
 def end_processes(accelerator):
@@ -540,9 +638,7 @@ def reduce_gradients(params, count):
     """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
     Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536
     dimensions would round to zero in half precision."""
-    flat = torch.cat([p.grad.flatten() for p in params])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
+    flat = reduce_sum(torch.cat([p.grad.flatten() for p in params]))
     for p, g in zip(params, (flat / count).split([p.numel() for p in params])):
         p.grad.copy_(g.view_as(p))
 
@@ -550,7 +646,11 @@ def reduce_gradients(params, count):
 def reduce_sum(tensor):
     """The sum of a tensor over all processes, in place; the tensor lies on the process's device."""
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:
+            die(f"process {torch.distributed.get_rank()} lost another process of this job, so it ends too; the last checkpoint is whole, go on with "
+                f"--resume auto ({str(error).splitlines()[0][:160]})")
     return tensor
 
 
@@ -560,11 +660,26 @@ def update_average(ema, params, decay, update):
     torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
 
 
-def write_json(path, data):
-    with open(path + ".tmp", "w") as f:
-        json.dump(data, f, indent=1, default=str)
-        f.write("\n")
+def write(path, data):
+    """Bytes or text to a file: beside it, onto the disk, then renamed, so that the file is the old or the new one whatever happens."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def write_json(path, data):
+    write(path, json.dumps(data, indent=1, default=str) + "\n")
+
+
+def replace_folder(new, final):
+    """Rename a finished folder to its place; what was there goes only then."""
+    shutil.rmtree(final + ".old", ignore_errors=True)
+    if os.path.isdir(final):
+        os.rename(final, final + ".old")
+    os.rename(new, final)
+    shutil.rmtree(final + ".old", ignore_errors=True)
 
 
 def fingerprint(path):
@@ -582,21 +697,24 @@ def fingerprint(path):
 def run_identity(args, processes, files, *free):
     """What makes a run the same run when it is resumed: its flags, except those that only say how long, where and how often, and the
     content of its files {what: path}."""
-    free = {*free, "steps", "out", "resume", "track", "save_every", "eval_every", "eval_num_steps", "eval_batch_size", "micro_batch_size", "model",
-            "prompts", "eval_prompts", "teachers", "anchor", "init"}  # the last ones count by content
-    return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {"processes": processes}
+    free = {*free, "steps", "out", "resume", "track", "save_every", "keep", "eval_every", "eval_num_steps", "eval_batch_size", "micro_batch_size",
+            "offload_text_encoders", "gradient_checkpointing", "model", "prompts", "eval_prompts", "teachers", "anchor", "init",  # these by content
+            "batch_size"}  # by its sum: fewer processes with more prompts each are the same run
+    return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {
+        "--batch-size x processes": args.batch_size * processes}
 
 
-def save_checkpoint(out, step, model, name, optimizer, identity, keep=2):
+def save_checkpoint(out, step, model, name, optimizer, identity, keep):
     """checkpoints/STEP: the LoRA people can use (the average, adapter "ema") and the state a run resumes from; written beside and renamed."""
     root = os.path.join(out, "checkpoints")
     temporary, final = os.path.join(root, ".new"), os.path.join(root, f"{step:06d}")
     shutil.rmtree(temporary, ignore_errors=True)
     save_lora(model.lora("ema"), os.path.join(temporary, "lora"))
     weights = {a: {f"{n}.{kind}": p.detach().cpu() for (n, kind), p in model.weights(a).items()} for a in (name, "ema")}
-    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, os.path.join(temporary, "state.pt"))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    state = io.BytesIO()
+    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, state)
+    write(os.path.join(temporary, "state.pt"), state.getbuffer())
+    replace_folder(temporary, final)
     steps = sorted(d for d in os.listdir(root) if d.isdigit())
     for old in [d for d in steps if d > f"{step:06d}"] + [d for d in steps if d <= f"{step:06d}"][:-keep]:
         shutil.rmtree(os.path.join(root, old))
@@ -634,10 +752,8 @@ def start_run(out, start, args):
     checkpoint; a new one in a used folder moves the old checkpoints to checkpoints.previous."""
     os.makedirs(out, exist_ok=True)
     log, checkpoints = os.path.join(out, "log.jsonl"), os.path.join(out, "checkpoints")
-    lines = [line for line in open(log) if line.endswith("\n") and json.loads(line)["step"] <= start] if start and os.path.exists(log) else []
-    with open(log + ".new", "w") as f:
-        f.writelines(lines)
-    os.replace(log + ".new", log)
+    made = lambda row: row["step"] < start or row["step"] == start and "seconds" in row  # a validation of the checkpoint is made again
+    write(log, "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line))) if start and os.path.exists(log) else "")
     if not start and os.path.isdir(checkpoints):
         shutil.rmtree(checkpoints + ".previous", ignore_errors=True)
         os.rename(checkpoints, checkpoints + ".previous")
@@ -646,17 +762,18 @@ def start_run(out, start, args):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to save and stop after the update in hand; a second one means at once."""
+    """Ctrl-C and SIGTERM ask the loop to give up the update in hand, save what the updates before it made, and leave: in seconds,
+    since a preempted machine waits no longer. A second one, not at once (torchrun passes on what a terminal sends too), ends it."""
 
     def __init__(self):
-        self.name = None
+        self.name, self.since = None, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.name:
+        if self.name and time.monotonic() > self.since + 5:
             die("interrupted")
-        self.name = signal.Signals(number).name
+        self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""
@@ -664,7 +781,7 @@ class StopSignal:
 
     def disarm(self):
         """From here on Ctrl-C ends the program at once."""
-        self.name = "SIGINT"
+        self.name, self.since = "SIGINT", -math.inf
 
 
 def plot_curves(out):
@@ -694,6 +811,24 @@ def plot_curves(out):
     figure.tight_layout()
     figure.savefig(os.path.join(out, "curves.png"), dpi=90)
     plt.close(figure)
+
+
+def draw_rows(model, rows, prompts, args, rank=0, world=1, stop=None):
+    """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N prompts and noise in every
+    row. The processes share the drawing, and all get all; None if one of them was told to stop."""
+    jobs = [(i, adapter, guidance) for adapter, guidance in rows.values() for i in range(len(prompts))]
+    pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=model.device)
+    mine = list(range(rank, len(jobs), world))
+    for k in range(0, len(mine), args.eval_batch_size):
+        if stop and stop.name:
+            break
+        part = mine[k:k + args.eval_batch_size]
+        numbers, adapters, guidance = zip(*(jobs[j] for j in part))
+        pictures[part] = model.generate([prompts[i] for i in numbers], generators(args.seed, 1, numbers), args.eval_num_steps, args.resolution,
+                                        adapters, guidance)
+    if stop and stop.arrived(model.device):
+        return None
+    return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))
 
 
 def save_grid(path, rows, captions, cell=96):

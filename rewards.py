@@ -113,15 +113,17 @@ def weighted_sum(scores, rewards):
     return (values.nan_to_num() * weights).sum(0) / weights.sum(0)
 
 
-def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, tasks=None, progress=None):
+def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, tasks=None, progress=None, stop=None):
     """Mean score and standard error of each reward over the prompts it applies to, one picture a prompt, deterministic sampling.
     Prompt i of a task always starts from the same noise, so the result depends on neither the batch size nor the number of ranks.
     args: eval_num_steps, resolution, eval_batch_size, seed, guidance; tasks: all tasks of the run, if the prompts are of only some.
-    -> {"n", "scores", "stderr"}"""
+    -> {"n", "scores", "stderr"}, or None if a process was told to stop (stop: its StopSignal)."""
     items = [(task, row) for task, rows in prompts.items() for row in rows]
     table = {name: torch.zeros(len(items)) for name in rewards}
     mine = list(range(rank, len(items), world))
     for start in range(0, len(mine), args.eval_batch_size):
+        if stop and stop.name:
+            break
         indices = mine[start:start + args.eval_batch_size]
         batch = [items[i] for i in indices]
         images = model.generate([row["prompt"] for _, row in batch], generators(args.seed, 0, indices), args.eval_num_steps,
@@ -130,6 +132,8 @@ def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=N
             table[name][indices] = values
         if progress:
             progress(len(batch))
+    if stop and stop.arrived(model.device):
+        return None
     result = {"n": len(items), "scores": {}, "stderr": {}}
     for name, values in table.items():
         values = reduce_sum(values.to(model.device)).cpu()

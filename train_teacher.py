@@ -5,7 +5,7 @@ prompt is scored by its own task's reward (and by the task-agnostic ones), all i
 
     python train_teacher.py                                                              # toy.compose on two CPU cores
     python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt --eval-prompts ocr=toy/prompts/ocr_val.txt
-    torchrun --nproc_per_node=8 train_teacher.py --model stabilityai/stable-diffusion-3.5-medium --dtype bfloat16 \\
+    torchrun --nproc_per_node=8 train_teacher.py --model stabilityai/stable-diffusion-3.5-medium \\
         --reward jpeg --prompts jpeg=prompts.txt --out out/jpeg                          # SD3.5 on eight GPUs
 
 Left out: reward servers, several reward models at once on other GPUs, full fine-tuning.
@@ -20,13 +20,13 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, end_processes, generators, kl, load_prompts, log_prob, parse_args, parse_specs,
-                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity, save_checkpoint,
-                      save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
+from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
+                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
-           eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, guidance=1.0, eval_num_steps=10,
+           eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, dtype="float32", guidance=1.0, eval_num_steps=10,
            batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=120, lr=2e-3, rank=16, alpha=32,
            ema=0.7, same_noise=True, ratio_norm=True, sde_window=4, clip_range=5e-4, eval_every=10, save_every=10)
 
@@ -63,12 +63,16 @@ add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-every", type=int, default=50, help="rollouts between validations and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
 add("--eval-batch-size", type=int, default=16, help="pictures per forward of a validation")
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
+add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
@@ -98,7 +102,7 @@ if args.noise_level <= 0:
 # -- devices and models ---------------------------------------------------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
 shape = model.latent_shape(args.resolution)
 if args.init:
     model.load_adapter("teacher", args.init)
@@ -121,8 +125,11 @@ stop, stopping = StopSignal(), False
 
 
 def validate(adapter, label, step):
-    """A row of results.json: the adapter's scores on the validation prompts, and `score`, the weighted mean it is chosen by."""
-    row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world, tasks=prompts)
+    """A row of results.json: the adapter's scores on the validation prompts, and `score`, the weighted mean it is chosen by; None if
+    a process was told to stop."""
+    row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world, tasks=prompts, stop=stop)
+    if row is None:
+        return None
     score = sum(rewards[n][1] * s for n, s in row["scores"].items()) / sum(rewards[n][1] for n in row["scores"])
     return {"model": label, "step": step, "score": score} | row
 
@@ -130,10 +137,9 @@ def validate(adapter, label, step):
 def draw_grid():
     """samples.png: the same prompts and noise for the base and the teacher."""
     texts = [r["prompt"] for rows in (eval_prompts or prompts).values() for r in rows[:max(2, 8 // len(prompts))]]
-    grid = {label: model.generate(texts, generators(args.seed, 1, range(len(texts))), args.eval_num_steps, args.resolution, name, args.guidance,
-                                  batch_size=args.eval_batch_size)
-            for label, name in (("base", "base"), ("teacher", "ema"))}
-    save_grid(os.path.join(args.out, "samples.png"), grid, texts)
+    grid = draw_rows(model, {"base": ("base", args.guidance), "teacher": ("ema", args.guidance)}, texts, args, rank, world, stop)
+    if grid and rank == 0:
+        save_grid(os.path.join(args.out, "samples.png"), grid, texts)
 
 
 results = []  # the base, and the best teacher so far
@@ -141,13 +147,36 @@ if start and os.path.exists(path := os.path.join(args.out, "results.json")):
     results = [row for row in json.load(open(path)) if row["step"] <= start]
 if eval_prompts and not results:
     results = [validate("base", "base", 0)]
+    stopping = results == [None]
 
 # -- the loop ---------------------------------------------------------------------------------------------------------------
-progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
-for step in progress:
-    began = time.time()
+progress = tqdm(initial=start, total=args.steps, disable=rank != 0, mininterval=1)
+for step in range(start, args.steps + 1):
+    # validate what `step` rollouts have made, and keep it if it is the best: first of all, so that a resumed run does it too
+    if not stopping and step > 0 and (step % args.eval_every == 0 or step == args.steps):
+        best = True  # without validation the latest average is the teacher
+        if eval_prompts:
+            row = validate("ema", "teacher", step)
+            if stopping := row is None:
+                break
+            best = len(results) < 2 or row["score"] > results[1]["score"]
+            results[1:] = [row] if best else results[1:]
+            record = {"step": step, **{f"validation/{n}": value for n, value in row["scores"].items()}}
+            if args.track:
+                accelerator.log(record, step=step)
+        if rank == 0:
+            if eval_prompts:
+                log.write(json.dumps(record) + "\n"), log.flush()
+            if best:
+                save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+                write_json(os.path.join(args.out, "results.json"), results)
+            plot_curves(args.out)
+        draw_grid()
+    if stopping or step == args.steps:
+        break
 
     # sample: a group of pictures per prompt, each trajectory a chain of Gaussian transitions
+    began = time.time()
     chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world)
     batch = [pair for pair in chosen[rank * args.batch_size:(rank + 1) * args.batch_size] for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
@@ -159,18 +188,23 @@ for step in progress:
         first = int(torch.randint(args.num_steps // 2 - args.sde_window + 1, (), generator=generators(args.seed, step, [2 ** 31])[0]))
         noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
     trained = [i for i, a in enumerate(noise_levels[:-1]) if a > 0]  # the last step, almost without noise, is not trained
-    conds, trajectories, scores = [], [], {name: [] for name in rewards}
+    conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
+    trajectories, scores = [], {name: [] for name in rewards}
     with torch.no_grad():
         for i in range(0, samples, args.micro_batch_size):
+            if stop.name:
+                break
             rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
-            cond = model.encode([row["prompt"] for _, row in rows])
+            cond = [c[torch.arange(i, i + len(rows)) // args.group_size] for c in conds]
             draw = lambda: randn(g, shape, device)
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
             steps = list(rollout(velocity, first_noise[i:i + args.micro_batch_size], sigmas, noise_levels, args.sde, draw))
-            conds.append(cond)
             trajectories.append([steps[k] for k in trained])
             for name, values in score_batch(model.decode(steps[-1].x_next), rows, rewards, prompts).items():
                 scores[name].append(values)
+
+    if stopping := stop.arrived(device):  # told to leave: the rollout in hand is given up
+        break
 
     # advantage: how much better than its group, in units of the whole batch's spread
     scores = {name: accelerator.gather(torch.cat(values).to(device)).cpu() for name, values in scores.items()}
@@ -181,19 +215,20 @@ for step in progress:
     ties = (groups.std(1) < 1e-6).float().mean().item()  # groups that carry no signal
 
     # learn: the clipped surrogate and the KL to the base, at every trained step
-    cond = [torch.cat(c) for c in zip(*conds)]
     trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "x_next", "log_prob")})
                   for parts in zip(*trajectories)]
     kl_sum, clipped, norms = torch.zeros((), device=device), torch.zeros((), device=device), []
-    for share in torch.arange(samples).view(-1, args.updates_per_rollout).T:  # every update sees pictures of every group
+    for k, share in enumerate(torch.arange(samples).view(-1, args.updates_per_rollout).T):  # every update sees pictures of every group
         optimizer.zero_grad()
         for rows in share.split(args.micro_batch_size):
-            c = [e[rows] for e in cond]
+            if k == 0 and stop.name:  # later ones follow an update made, and are finished
+                break
+            cond = [c[rows // args.group_size] for c in conds]
             for s in trajectory:
                 x, x_next, old = s.x[rows], s.x_next[rows], s.log_prob[rows]
                 with torch.no_grad():
-                    v_base = model.velocity(x, s.t, c, "base", args.guidance)
-                v = model.velocity(x, s.t, c, "teacher", args.guidance)
+                    v_base = model.velocity(x, s.t, cond, "base", args.guidance)
+                v = model.velocity(x, s.t, cond, "teacher", args.guidance)
                 mean, std = transition(x, v, s.t, s.t_next, args.noise_level, args.sde)
                 new = log_prob(x_next, mean, std)                                                    # (B,)
                 scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std if args.ratio_norm else 1.0
@@ -202,6 +237,8 @@ for step in progress:
                 (loss.sum() * x[0].numel()).backward()
                 kl_sum += to_base.detach().sum()
                 clipped += (((new.detach() - old) / scale).abs() > args.clip_range).sum()
+        if k == 0 and (stopping := stop.arrived(device)):
+            break
         reduce_gradients(params, world * len(share) * len(trajectory) * math.prod(shape))
         norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         if not math.isfinite(norms[-1]):
@@ -210,38 +247,29 @@ for step in progress:
         optimizer.step()
         update_average(ema, params, args.ema, step * args.updates_per_rollout + len(norms))
 
-    # report, validate, save
+    if stopping:
+        break
+
+    # report, save
     terms = world * samples * len(trajectory)
     record = {"step": step + 1, **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
               "kl_to_base": reduce_sum(kl_sum).item() / terms, "clip_fraction": reduce_sum(clipped).item() / terms,
               "tied_groups": ties, "grad_norm": max(norms), "seconds": time.time() - began}
-    stopping = stop.arrived(device)
-    now_and_then = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
-    best = True  # without validation the latest average is the teacher
-    if eval_prompts and now_and_then:
-        row = validate("ema", "teacher", step + 1)
-        record |= {f"validation/{n}": value for n, value in row["scores"].items()}
-        best = len(results) < 2 or row["score"] > results[1]["score"]
-        results[1:] = [row] if best else results[1:]
     if args.track:
         accelerator.log(record, step=step + 1)
     if rank == 0:
         log.write(json.dumps(record) + "\n"), log.flush()
+        progress.update()
         progress.set_postfix(reward=f"{everyone.mean():.3f}", kl=f"{record['kl_to_base']:.1e}", clip=f"{record['clip_fraction']:.2f}")
-        if now_and_then and best:
-            save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
-            write_json(os.path.join(args.out, "results.json"), results)
-        if now_and_then:
-            plot_curves(args.out)
-            draw_grid()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity)
-    if stopping:
-        break
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity, args.keep)
 
 # -- the end ------------------------------------------------------------------------------------------------------------------
+progress.close()
 if rank == 0:
-    if results:
+    if stopping and step > start:
+        save_checkpoint(args.out, step, model, "teacher", optimizer, identity, args.keep)
+    if results and not stopping:
         print(markdown(results))
     print(f"stopped (--resume auto goes on): {args.out}/checkpoints" if stopping else
           f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")

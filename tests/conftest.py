@@ -78,3 +78,72 @@ def distill(loras, out, **changes):
 
 def read_log(out):
     return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def hub_pipeline(folder, heads=2, head_dim=16, layers=3, dtype=torch.float16):
+    """A random StableDiffusion3Pipeline in the folder layout of the hub's SD3.5-Medium: its classes and configuration keys (dual attention in
+    the first blocks, RMS norm of queries and keys, a 16-channel VAE that shrinks 8 times), half-precision weights, CLIP tokenizers
+    as vocab.json and merges.txt, T5 in shards. Only the sizes are small."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+    torch.manual_seed(0)
+    width, signs, ends = heads * head_dim, [chr(c) for c in range(33, 127)], ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {t: i for i, t in enumerate([*signs, *(s + "</w>" for s in signs), *ends])}
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=size, intermediate_size=2 * size, num_hidden_layers=2, num_attention_heads=2, projection_dim=size,
+        bos_token_id=vocab[ends[0]], eos_token_id=vocab[ends[1]], pad_token_id=1)) for size in (24, 40)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((s, -4.0) for s in signs)]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+    tokenizers = [CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")]
+    transformer = SD3Transformer2DModel(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=head_dim, num_attention_heads=heads,
+        joint_attention_dim=64, caption_projection_dim=width, pooled_projection_dim=64, pos_embed_max_size=96, dual_attention_layers=(0, 1),
+        qk_norm="rms_norm")
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        latent_channels=16, layers_per_block=1, norm_num_groups=4, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
+                        use_quant_conv=False, use_post_quant_conv=False)
+    vae.decoder.conv_out.weight.data *= 10  # pictures with some contrast
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
+        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5, tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512))
+    pipe.to(dtype).save_pretrained(folder)
+    t5.to(dtype).save_pretrained(os.path.join(folder, "text_encoder_3"), max_shard_size="60KB")
+    os.remove(os.path.join(folder, "text_encoder_3/model.safetensors"))
+    for i in ("", "_2"):
+        place = os.path.join(folder, "tokenizer" + i)
+        os.remove(os.path.join(place, "tokenizer.json"))
+        with open(os.path.join(place, "vocab.json"), "w") as f:
+            json.dump(vocab, f)
+        with open(os.path.join(place, "merges.txt"), "w") as f:
+            f.write("#version: 0.2\n")
+    return str(folder)
+
+
+def hub_teacher(base, folder, seed, layout="peft", rank=32, alpha=64):
+    """A random teacher of a hub_pipeline in one of the layouts people share: PEFT's, written by peft; diffusers', written by diffusers; or a
+    full fine-tune, a whole transformer."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel.from_pretrained(base, subfolder="transformer")
+    if layout == "full":
+        for p in transformer.parameters():
+            p.data += 0.02 * torch.randn_like(p)
+        transformer.half().save_pretrained(folder)
+        return str(folder)
+    projections = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=["attn." + p for p in projections])
+    if layout == "peft":
+        model = get_peft_model(transformer, config)
+    else:
+        transformer.add_adapter(config)
+        model = transformer
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    if layout == "peft":
+        model.save_pretrained(folder)
+    else:
+        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(model),
+                                                   transformer_lora_adapter_metadata=config.to_dict())
+    return str(folder)

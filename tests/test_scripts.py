@@ -29,7 +29,7 @@ def test_train_teacher_leaves_a_usable_teacher(tmp_path):
     ns = teacher(tmp_path, "run", "--eval-every", 1)
     assert [r["model"] for r in ns["results"]] == ["base", "teacher"]
     assert {"lora", "checkpoints", "log.jsonl", "curves.png", "samples.png", "results.json"} <= set(os.listdir(tmp_path / "run"))
-    assert {"reward/compose", "kl_to_base", "clip_fraction", "tied_groups", "validation/compose"} <= read_log(tmp_path / "run")[-1].keys()
+    assert {"reward/compose", "kl_to_base", "clip_fraction", "tied_groups", "validation/compose"} <= set().union(*read_log(tmp_path / "run"))
     run("sample.py", "--lora", tmp_path / "run/lora", "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "pictures")
     assert len(json.load(open(tmp_path / "pictures/samples.json"))["pictures"]) == 3
 
@@ -42,7 +42,7 @@ def test_grpo_raises_the_reward_of_what_it_can_reach(tmp_path):
     base, trained = json.load(open(tmp_path / "results.json"))
     assert trained["scores"]["jpeg"] > base["scores"]["jpeg"] + 2 * base["stderr"]["jpeg"]
     log = read_log(tmp_path)
-    assert log[0]["kl_to_base"] < log[-1]["kl_to_base"] and any(row["clip_fraction"] > 0 for row in log)
+    assert log[0]["kl_to_base"] < log[-2]["kl_to_base"] and any(row.get("clip_fraction", 0) > 0 for row in log)
 
 
 def test_train_teacher_choices(tmp_path):

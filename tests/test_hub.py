@@ -1,0 +1,160 @@
+"""Models and teachers as the hub has them: every stage by command line on a tiny pipeline in SD3.5-Medium's folder layout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, hub_pipeline, hub_teacher, read_log, refused, run
+from PIL import Image
+
+from flow_sde import SD3, generators, randn
+
+QUICK = ["--resolution", 64, "--num-steps", 3, "--steps", 2]
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """{"base", "peft", "diffusers", "full": folders; "tagged": GenEval's metadata; "mixed": our own lines with a task; "short": a .txt}"""
+    root = tmp_path_factory.mktemp("hub")
+    paths = {"base": hub_pipeline(root / "base")}
+    for seed, layout in enumerate(("peft", "diffusers", "full"), 1):
+        paths[layout] = hub_teacher(paths["base"], root / layout, seed, layout)
+    tagged = {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}
+    lines = {"tagged.jsonl": [json.dumps(tagged)] * 3, "short.txt": ['a sign saying "NEW"', 'a cup that says "TEA"'],
+             "mixed.jsonl": [json.dumps({"task": t, "prompt": f"{t} {i}"}) for t in ("ocr", "counts") for i in range(3)]}
+    for name, rows in lines.items():
+        (root / name).write_text("\n".join(rows) + "\n")
+        paths[name.split(".")[0]] = str(root / name)
+    return paths
+
+
+def picture(path):
+    return np.asarray(Image.open(path), dtype=float)
+
+
+def test_every_stage(hub, tmp_path):
+    model = ["--model", hub["base"]]
+    memory = ["--gradient-checkpointing", "--offload-text-encoders"]
+    run("train_teacher.py", *model, *QUICK, "--reward", "jpeg", "--prompts", f"counts={hub['tagged']}", "--eval-prompts", f"counts={hub['tagged']}",
+        "--batch-size", 2, "--group-size", 3, "--micro-batch-size", 3, "--eval-num-steps", 2, *memory, "--out", tmp_path / "teacher")
+    teachers = ["--teachers", f"ocr={hub['peft']}", f"counts={hub['diffusers']},guidance=1"]
+    run("cold_start.py", "merge", *model, *teachers, "--method", "svd", "--rank", 8, "--out", tmp_path / "merge")
+    run("cold_start.py", "sft", *model, *QUICK, "--teachers", f"ocr={hub['full']},guidance=2", "--prompts", f"ocr={hub['short']}", "--batch-size", 2, *memory,
+        "--out", tmp_path / "sft")
+    distill = run("distill.py", *model, *QUICK, *teachers, f"taste={tmp_path}/teacher/lora", "--prompts", f"ocr={hub['mixed']}", f"counts={hub['mixed']}",
+                  f"taste={hub['short']}", "--init", tmp_path / "merge/lora", "--anchor", f"{hub['full']},guidance=2", "--batch-size", 3, *memory,
+                  "--eval-num-steps", 2, "--eval-prompts", f"counts={hub['tagged']}", "--reward", "jpeg", "--out", tmp_path / "student")
+    assert {"kl/ocr", "kl/counts", "kl/taste", "kl_to_anchor"} <= read_log(tmp_path / "student")[-1].keys()
+    assert {row["prompt"] for row in distill["prompts"]["ocr"]} == {"ocr 0", "ocr 1", "ocr 2"}  # of the lines with a task, its own
+    assert all(p.dtype == torch.float32 for p in distill["params"]) and distill["model"].transformer.dtype == torch.float16
+    run("evaluate.py", *model, "--models", "base", f"student={tmp_path}/student/lora", f"full={hub['full']},guidance=1", "--prompts",
+        f"counts={hub['tagged']}", "--reward", "jpeg", "--resolution", 64, "--eval-num-steps", 2, "--no-t5", "--out", tmp_path / "table")
+    assert [row["model"] for row in json.load(open(tmp_path / "table/results.json"))] == ["base", "student", "full"]
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_the_student_in_plain_diffusers_and_alone_gives_the_same_picture(layout, hub, tmp_path):
+    """alpha is twice the rank: a scale lost on the way would show."""
+    from diffusers import StableDiffusion3Pipeline
+    from flow_sde import read_lora, save_lora
+    save_lora(read_lora(hub[layout])[0], tmp_path / "student")
+    draw = ["--resolution", 64, "--num-steps", 4, "--num-images", 1, "--prompt", "a cup", "--dtype", "float32"]
+    run("sample.py", "--model", hub["base"], *draw, "--lora", tmp_path / "student", "--merge", tmp_path / "alone", "--out", tmp_path / "a")
+    run("sample.py", "--model", tmp_path / "alone", *draw, "--out", tmp_path / "b")
+    run("sample.py", "--model", hub["base"], *draw, "--out", tmp_path / "base")
+    ours, alone, base = (picture(tmp_path / d / "00000.png") for d in ("a", "b", "base"))
+    assert np.abs(ours - base).mean() > 3 and np.abs(ours - alone).max() <= 1
+    pipe = StableDiffusion3Pipeline.from_pretrained(hub["base"], torch_dtype=torch.float32)
+    pipe.load_lora_weights(str(tmp_path / "student"))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("a cup", negative_prompt="", latents=randn(generators(0, 0, [0]), (16, 8, 8), "cpu"), num_inference_steps=4, guidance_scale=4.5,
+                  height=64, width=64, output_type="np").images[0] * 255
+    assert np.abs(ours - theirs).max() <= 1
+    assert "that exists already" in refused("sample.py", "--model", hub["base"], "--lora", hub["peft"], "--merge", tmp_path / "alone", "--prompt", "x")
+
+
+def test_a_full_fine_tune_answers_beside_adapters(hub, tmp_path):
+    model = SD3(hub["base"])
+    model.new_adapter("student", 4, 8)
+    for name in ("peft", "full"):
+        model.load_teacher(name, hub[name])
+    model.train_adapter("student")
+    x, cond = randn(generators(0, 0, range(3)), (16, 8, 8), "cpu"), model.encode(["a", "b", "a"])
+    assert torch.equal(cond[0][0], cond[0][2]) and not torch.equal(cond[0][0], cond[0][1])
+    with torch.no_grad():
+        names, guidance = ["full", "base", "peft"], [3.0, 1.0, 2.0]
+        mixed = model.velocity(x, 0.6, cond, names, guidance)
+        for i in range(3):
+            alone = model.velocity(x[i:i + 1], 0.6, [c[i:i + 1] for c in cond], names[i], guidance[i])
+            assert torch.allclose(mixed[i], alone[0], atol=1e-5), names[i]
+        shutil.copytree(hub["base"], tmp_path / "other")  # a pipeline with that transformer says the same
+        shutil.rmtree(tmp_path / "other/transformer")
+        shutil.copytree(hub["full"], tmp_path / "other/transformer")
+        assert torch.allclose(SD3(str(tmp_path / "other")).velocity(x, 0.6, cond), model.velocity(x, 0.6, cond, "full"), atol=1e-5)
+    model.load_teacher("pipeline", str(tmp_path / "other"))
+    assert "pipeline" in model.full
+    assert "a full fine-tune" in refused("sample.py", "--model", hub["base"], "--lora", hub["full"], "--prompt", "x")
+    assert "x is a full fine-tune" in refused("distill.py", "--model", hub["base"], "--resolution", 64, "--teachers", f"x={hub['full']}", "--prompts",
+                                              f"x={hub['short']}", "--init", "merge")
+    assert "does not fit this model" in refused("evaluate.py", "--models", f"x={hub['full']}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_has_the_gradient_of_full(dtype, hub, tmp_path, monkeypatch):
+    """The frozen base is half, the LoRA, the SDE and the loss are float32: the first update's gradient hardly differs."""
+    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: gradients.append(torch.cat([q.grad.flatten() for q in p])) or clip(p, most))
+    for precision in ("float32", dtype):
+        run("distill.py", "--model", hub["base"], *QUICK[:4], "--steps", 1, "--dtype", precision, "--teachers", f"ocr={hub['peft']}", "--prompts",
+            f"ocr={hub['short']}", "--batch-size", 2, "--eval-num-steps", 1, "--out", tmp_path / precision)
+    full, half = gradients
+    cosine = torch.nn.functional.cosine_similarity(full, half, 0).item()
+    print(dtype, "cosine", cosine, "size", (half.norm() / full.norm()).item())
+    assert full.norm() > 0 and cosine > {"float16": 0.999, "bfloat16": 0.98}[dtype] and abs(half.norm() / full.norm() - 1) < 0.03
+
+
+def test_text_encoders_leave_after_encoding(hub, monkeypatch):
+    plain, model = SD3(hub["base"]), SD3(hub["base"], offload=True)
+    tensors = [t for e in model.text_encoders for t in (*e.parameters(), *e.buffers())]
+    rest, seen, encode, to = [t.data_ptr() for t in tensors], [], model.pipe.encode_prompt, torch.Tensor.to
+
+    def spy(*args, **kwargs):
+        seen.append([t.data_ptr() for t in tensors])
+        return encode(*args, **kwargs)
+    monkeypatch.setattr(model.pipe, "encode_prompt", spy)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: t.clone() if a == (model.device,) else to(t, *a, **k))  # as if it were another device
+    cond = model.encode(["a cup", "two cups"])
+    assert [t.data_ptr() for t in tensors] == rest and not set(seen[0]) & set(rest)
+    assert all(torch.equal(a, b) for a, b in zip(cond, plain.encode(["a cup", "two cups"])))
+
+
+def test_without_t5(hub, tmp_path):
+    """Its tokens are zeros, whether it is left out by a flag or absent from the pipeline."""
+    shutil.copytree(hub["base"], tmp_path / "small", ignore=shutil.ignore_patterns("*_3"))
+    index = json.load(open(tmp_path / "small/model_index.json"))
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (tmp_path / "small/model_index.json").write_text(json.dumps(index))
+    conds = [SD3(hub["base"], use_t5=False).encode(["a cup"]), SD3(str(tmp_path / "small")).encode(["a cup"])]
+    assert all(torch.equal(a, b) for a, b in zip(*conds)) and conds[0][0][:, 77:].abs().max() == 0
+    assert SD3(hub["base"]).encode(["a cup"])[0][:, 77:].abs().max() > 0
+
+
+def test_hub_ids(hub, tmp_path):
+    """A model, a LoRA and a full fine-tune by hub id, from a cache filled as huggingface_hub fills it."""
+    for name in ("base", "peft", "full"):
+        repo = tmp_path / f"hub/models--someone--{name}"
+        shutil.copytree(hub[name], repo / "snapshots/0123456789012345678901234567890123456789")
+        (repo / "refs").mkdir()
+        (repo / "refs/main").write_text("0123456789012345678901234567890123456789")
+    command = [sys.executable, "evaluate.py", "--model", "someone/base", "--models", "lora=someone/peft", "full=someone/full", "--prompts",
+               f"x={hub['short']}", "--reward", "jpeg", "--resolution", "64", "--eval-num-steps", "1", "--out", str(tmp_path / "out")]
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    answer = subprocess.run([*command, "--models", "lora=someone/nothing"], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert answer.returncode == 1 and "someone/nothing: neither a local path nor to be had from the hub" in answer.stderr and "Traceback" not in answer.stderr

@@ -57,7 +57,7 @@ add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 upd
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
-add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
+add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
@@ -123,9 +123,9 @@ files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"]
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
 identity = run_identity(args, world, files) | {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
 start = resume_checkpoint(args.resume, out, model, "student", optimizer, identity)
-if args.track:
-    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
 log = start_run(out, start, args) if rank == 0 else None
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": out}})
 stop, stopping = StopSignal(), False
 
 # -- sft: the loop ------------------------------------------------------------------------------------------------------------

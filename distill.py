@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
                       parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
-                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
+                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average,
+                      write_json)
 from rewards import evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
@@ -71,7 +72,7 @@ add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
-add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
+add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for the table at the end")
 add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
@@ -154,9 +155,9 @@ files = {"base": args.model, "anchor": anchor_path, "init": args.init, **{f"prom
 settings = {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
 identity = run_identity(args, world, files, "reward") | settings | {"anchor's guidance": anchor_guidance}
 start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
-if args.track:
-    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
 log = start_run(args.out, start, args) if rank == 0 else None
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})
 stop, stopping = StopSignal(), False
 fixed_rows = {}  # of the picture grid: drawn once
 

@@ -66,7 +66,7 @@ add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
-add("--gradient-checkpointing", action="store_true", help="the same gradients in less memory, and a third more time")
+add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-every", type=int, default=50, help="rollouts between validations and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
@@ -118,9 +118,9 @@ if rank == 0:
 files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()}}
 identity = run_identity(args, world, files) | {f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
-if args.track:
-    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()})
 log = start_run(args.out, start, args) if rank == 0 else None
+if args.track:
+    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})
 stop, stopping = StopSignal(), False
 
 

@@ -127,9 +127,10 @@ def test_another_run_is_not_resumed(loras, tmp_path):
     other.mkdir()
     prompts = flags["prompts"][:2] + few("val", 5, str(other))[2:]
     for change, message in ((dict(rank=8), "rank was 4, now 8"), (dict(schedule="alternate"), "schedule was 'mixed', now 'alternate'"),
-                            (dict(prompts=prompts), "prompts scene was '[0-9a-f]+', now '[0-9a-f]+'"), (dict(batch_size=3), "batch-size x processes was 6, now 3"),
-                            (dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2], eval_prompts=few("test", 3, str(tmp_path))[:2]),
-                             "teacher scene was '[0-9a-f]+', now None")):
+                            (dict(prompts=prompts), "prompts scene was '[0-9a-f]+', now '[0-9a-f]+'"),
+                            (dict(batch_size=3), "batch-size x processes was 6, now 3"),
+                            (dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2],
+                                  eval_prompts=few("test", 3, str(tmp_path))[:2]), "teacher scene was '[0-9a-f]+', now None")):
         with pytest.raises(SystemExit, match=f"another run: .*{message}"):
             distill(loras, str(tmp_path / "run"), resume="auto", **flags | change)
     config = json.load(open(base / "scheduler/scheduler_config.json"))
@@ -176,7 +177,8 @@ def test_memory_hardly_grows_with_the_number_of_teachers(tmp_path):
     peaks = {}
     for count in (1, 4):
         tasks = [f"t{i}" for i in range(count)]
-        argv = ["--model", base, "--teachers", *[f"{t}={lora}" for t in tasks], "--prompts", *[f"{t}={tmp_path}/prompts.txt" for t in tasks],
+        argv = ["--model", base, "--teachers", *[f"{t}={lora}" for t in tasks],
+                "--prompts", *[f"{t}={tmp_path}/prompts.txt" for t in tasks],
                 "--anchor", lora if count > 1 else "none", "--dtype", "float32", "--resolution", "64", "--num-steps", "2", "--batch-size", "4",
                 "--micro-batch-size", "1", "--steps", "1", "--eval-num-steps", "1", "--eval-batch-size", "1", "--out", str(tmp_path / f"out{count}")]
         answer = subprocess.run([sys.executable, "-c", WATCH, "distill.py", *argv], cwd=ROOT, capture_output=True, text=True,

@@ -175,7 +175,7 @@ for step in progress:
             save_checkpoint(out, step + 1, model, "student", optimizer, identity, args.keep)
             plot_curves(out)
 if rank == 0:
-    if stopping and step > start:
+    if stopping and step > 0:
         save_checkpoint(out, step, model, "student", optimizer, identity, args.keep)
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
     print(f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")

@@ -78,7 +78,7 @@ add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for
 add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
 add("--eval-every", type=int, default=50, help="updates between curves and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
-add("--eval-batch-size", type=int, default=16, help="pictures per forward of the table")
+add("--eval-batch-size", type=int, default=8, help="pictures per forward of the table")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
@@ -191,7 +191,7 @@ def update():
 def guidance_of(name):
     """A teacher's or the anchor's own guidance, or everyone's."""
     own = anchor_guidance if name == "anchor" else teachers.get(name, {}).get("guidance")
-    return float(own or args.guidance)
+    return args.guidance if own is None else float(own)
 
 
 def draw_grid():
@@ -262,14 +262,20 @@ for step in progress:
     # update: one step on the gradient of the whole batch; ppo walks its stored trajectories again, once per update
     if args.objective == "kl":
         norm = update()
-    for _ in range(args.updates_per_rollout if args.objective != "kl" else 0):
+    for k in range(args.updates_per_rollout if args.objective != "kl" else 0):
         for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
+            if k == 0 and stop.name:  # later updates follow one that was made, and are finished
+                break
             v = model.velocity(x, t, cond, "student", args.guidance)
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
             to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if anchor else 0.0
             loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
             (loss.sum() * dimensions).backward()
+        if k == 0 and (stopping := stop.arrived(device)):
+            break
         norm = update()
+    if stopping:
+        break
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
@@ -304,12 +310,14 @@ for step in progress:
         draw_grid()
 
 # -- what came of it ------------------------------------------------------------------------------------------------------------
-table = bool(eval_prompts and rewards and not stopping)
-stop.disarm()
 if rank == 0:
-    if stopping and step > start:
+    if stopping and step > 0:
         save_checkpoint(args.out, step, model, "student", optimizer, identity, args.keep)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+stopping = stopping or stop.arrived(device)  # told during the last grid
+table = bool(eval_prompts and rewards and not stopping)
+if table:
+    stop.disarm()
 if table:
     names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}
     total = len(names) * -(-sum(map(len, eval_prompts.values())) // world)

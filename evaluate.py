@@ -33,7 +33,7 @@ add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
 add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
-add("--eval-batch-size", type=int, default=16, help="pictures per forward")
+add("--eval-batch-size", type=int, default=8, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")

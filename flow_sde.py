@@ -147,8 +147,11 @@ class SD3:
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # `dtype` is silently ignored by diffusers 0.37
         has_t5 = check_model(model).get("text_encoder_3", [None])[0] is not None
-        self.pipe = StableDiffusion3Pipeline.from_pretrained(
-            model, torch_dtype=dtype, **({} if use_t5 and has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
+        try:
+            self.pipe = StableDiffusion3Pipeline.from_pretrained(
+                model, torch_dtype=dtype, **({} if use_t5 and has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
+        except (OSError, ValueError) as error:
+            die(f"--model {model}: cannot be loaded: {str(error).splitlines()[0]}")
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
         self.peft = None  # the transformer in its PeftModel, once there is an adapter
@@ -270,6 +273,7 @@ class SD3:
         if self.peft is not None:
             self.pipe.transformer = self.peft.merge_and_unload(adapter_names=[name])
         self.pipe.vae.to(self.dtype)
+        folder = folder.rstrip("/")
         self.pipe.save_pretrained(folder + ".new")
         os.rename(folder + ".new", folder)
 
@@ -281,7 +285,10 @@ class SD3:
         if not folder:
             return self.load_adapter(name, path)
         from diffusers import SD3Transformer2DModel
-        network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=self.dtype)
+        try:
+            network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=self.dtype)
+        except (OSError, ValueError) as error:
+            die(f"{path}: its transformer cannot be loaded: {str(error).splitlines()[0]}")
         ours, theirs = self.transformer.config, network.config
         if odd := [f"{k} is {theirs[k]}, the model's {ours[k]}" for k in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
                                                                           "pos_embed_max_size") if theirs[k] != ours[k]]:
@@ -355,6 +362,8 @@ class SD3:
 
     def _attach(self, name, config):
         from peft import PeftModel
+        if hasattr(torch.nn.ModuleDict(), name):
+            die(f"{name}: PyTorch uses that name itself; call the task or model something else")
         if self.peft is None:
             self.peft = PeftModel(self.pipe.transformer, config, adapter_name=name)
         else:
@@ -649,8 +658,8 @@ def reduce_sum(tensor):
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
-            die(f"process {torch.distributed.get_rank()} lost another process of this job, so it ends too; the last checkpoint is whole, go on with "
-                f"--resume auto ({str(error).splitlines()[0][:160]})")
+            die(f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends too: one has died, or this GPU is out of "
+                f"memory. The last checkpoint is whole, go on with --resume auto ({str(error).splitlines()[0][:160]})")
     return tensor
 
 
@@ -728,8 +737,11 @@ def resume_checkpoint(resume, out, model, name, optimizer, identity):
     if resume == "auto":
         root = os.path.join(out, "checkpoints")
         steps = sorted(d for d in os.listdir(root) if d.isdigit()) if os.path.isdir(root) else []
-        if not steps:
+        found = reduce_sum(torch.tensor(float(bool(steps)), device=model.device)).item()
+        if found == 0:
             return 0
+        if found != (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1):
+            die(f"--out {out}: some machines find checkpoints there and some do not; it must be a folder that all of them share")
         folder = os.path.join(root, steps[-1])
     file = os.path.join(folder, "state.pt")
     if not os.path.exists(file):
@@ -754,9 +766,12 @@ def start_run(out, start, args):
     log, checkpoints = os.path.join(out, "log.jsonl"), os.path.join(out, "checkpoints")
     made = lambda row: row["step"] < start or row["step"] == start and "seconds" in row  # a validation of the checkpoint is made again
     write(log, "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line))) if start and os.path.exists(log) else "")
-    if not start and os.path.isdir(checkpoints):
-        shutil.rmtree(checkpoints + ".previous", ignore_errors=True)
-        os.rename(checkpoints, checkpoints + ".previous")
+    if not start:
+        if os.path.isdir(checkpoints):
+            shutil.rmtree(checkpoints + ".previous", ignore_errors=True)
+            os.rename(checkpoints, checkpoints + ".previous")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out, "results.json"))
     write_json(os.path.join(out, "args.json"), vars(args))
     return open(log, "a")
 

@@ -70,7 +70,7 @@ add("--gradient-checkpointing", action="store_true", help="the same gradients fr
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-every", type=int, default=50, help="rollouts between validations and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
-add("--eval-batch-size", type=int, default=16, help="pictures per forward of a validation")
+add("--eval-batch-size", type=int, default=8, help="pictures per forward of a validation")
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
@@ -83,7 +83,8 @@ if not args.reward or not args.prompts:
 rewards = parse_rewards(args.reward)
 prompt_specs = parse_specs("--prompts", args.prompts, weight=1.0)
 prompts = {task: load_prompts(task, s["value"]) for task, s in prompt_specs.items()}
-eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
+eval_specs = parse_specs("--eval-prompts", args.eval_prompts)
+eval_prompts = {task: load_prompts(task, s["value"]) for task, s in eval_specs.items()}
 if unknown := eval_prompts.keys() - prompts.keys():
     die(f"--eval-prompts {', '.join(unknown)}: not among the tasks of --prompts ({', '.join(prompts)})")
 for task in prompts:
@@ -115,8 +116,9 @@ sigmas = sigma_schedule(args.num_steps, model.shift)
 if rank == 0:
     print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
-files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()}}
-identity = run_identity(args, world, files) | {f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}
+files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
+         **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
+identity = run_identity(args, world, files) | {"eval_num_steps": args.eval_num_steps} | {f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
@@ -148,6 +150,8 @@ if start and os.path.exists(path := os.path.join(args.out, "results.json")):
 if eval_prompts and not results:
     results = [validate("base", "base", 0)]
     stopping = results == [None]
+    if rank == 0 and not stopping:
+        write_json(os.path.join(args.out, "results.json"), results)
 
 # -- the loop ---------------------------------------------------------------------------------------------------------------
 progress = tqdm(initial=start, total=args.steps, disable=rank != 0, mininterval=1)
@@ -267,7 +271,7 @@ for step in range(start, args.steps + 1):
 # -- the end ------------------------------------------------------------------------------------------------------------------
 progress.close()
 if rank == 0:
-    if stopping and step > start:
+    if stopping and step > 0:
         save_checkpoint(args.out, step, model, "teacher", optimizer, identity, args.keep)
     if results and not stopping:
         print(markdown(results))

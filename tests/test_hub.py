@@ -66,7 +66,7 @@ def test_the_student_in_plain_diffusers_and_alone_gives_the_same_picture(layout,
     from flow_sde import read_lora, save_lora
     save_lora(read_lora(hub[layout])[0], tmp_path / "student")
     draw = ["--resolution", 64, "--num-steps", 4, "--num-images", 1, "--prompt", "a cup", "--dtype", "float32"]
-    run("sample.py", "--model", hub["base"], *draw, "--lora", tmp_path / "student", "--merge", tmp_path / "alone", "--out", tmp_path / "a")
+    run("sample.py", "--model", hub["base"], *draw, "--lora", tmp_path / "student", "--merge", f"{tmp_path}/alone/", "--out", tmp_path / "a")
     run("sample.py", "--model", tmp_path / "alone", *draw, "--out", tmp_path / "b")
     run("sample.py", "--model", hub["base"], *draw, "--out", tmp_path / "base")
     ours, alone, base = (picture(tmp_path / d / "00000.png") for d in ("a", "b", "base"))

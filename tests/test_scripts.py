@@ -61,6 +61,8 @@ def test_train_teacher_resumes_bit_equal(tmp_path):
     teacher(tmp_path, "cut", "--steps", 4, "--resume", "auto")
     a, b = (torch.load(tmp_path / d / "checkpoints/000004/state.pt", weights_only=True)["weights"]["teacher"] for d in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(SystemExit, match="validation prompts compose was '[0-9a-f]+', now '[0-9a-f]+'"):
+        teacher(tmp_path, "cut", "--steps", 6, "--resume", "auto", "--eval-prompts", "compose=toy/prompts/compose_val.txt")
     with pytest.raises(SystemExit, match="beta was 0.04, now 0.1"):
         teacher(tmp_path, "cut", "--steps", 6, "--resume", "auto", "--beta", 0.1)
 
@@ -120,6 +122,7 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--teachers", ocr, "x=y", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers x: no prompts of that task"),
         (["distill.py", "--teachers", "ocr", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers ocr: expected NAME=VALUE"),
         (["distill.py", "--teachers", "student=x", "--prompts", "student=toy/prompts/ocr_val.txt"], "that name is taken"),
+        (["distill.py", "--teachers", f"type={loras['ocr']}", "--prompts", "type=toy/prompts/ocr_val.txt"], "type: PyTorch uses that name itself"),
         (["distill.py", "--teachers", ocr, ocr, "--prompts", "ocr=toy/prompts/ocr_val.txt"], "ocr is given twice"),
         (["distill.py", "--resolution", 30], "--resolution 30: this model draws multiples of 4 up to 32"),
         (["distill.py", "--resolution", 64], "--resolution 64"),

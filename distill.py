@@ -225,7 +225,7 @@ for step in progress:
     conds = model.encode([row["prompt"] for _, row in batch])
 
     for i in range(0, samples, args.micro_batch_size):
-        if stop.name:
+        if stop.name:  # Ctrl-C or SIGTERM
             break
         rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
         tasks = [task for task, _ in rows]
@@ -256,7 +256,7 @@ for step in progress:
             kl_by_task[:, k].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
 
-    if stopping := stop.arrived(device):  # told to leave: the update in hand is given up
+    if stopping := stop.arrived(device):  # any process was told to leave: all give up the update in hand
         break
 
     # update: one step on the gradient of the whole batch; ppo walks its stored trajectories again, once per update
@@ -318,7 +318,6 @@ stopping = stopping or stop.arrived(device)  # told during the last grid
 table = bool(eval_prompts and rewards and not stopping)
 if table:
     stop.disarm()
-if table:
     names = {"base": "base", **{t: t for t in teachers}, **({"anchor": "anchor"} if anchor == "anchor" else {}), "start": "start", "student": "ema"}
     total = len(names) * -(-sum(map(len, eval_prompts.values())) // world)
     with tqdm(total=total, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:

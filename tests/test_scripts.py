@@ -122,7 +122,7 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--teachers", ocr, "x=y", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers x: no prompts of that task"),
         (["distill.py", "--teachers", "ocr", "--prompts", "ocr=toy/prompts/ocr_val.txt"], "--teachers ocr: expected NAME=VALUE"),
         (["distill.py", "--teachers", "student=x", "--prompts", "student=toy/prompts/ocr_val.txt"], "that name is taken"),
-        (["distill.py", "--teachers", f"type={loras['ocr']}", "--prompts", "type=toy/prompts/ocr_val.txt"], "type: PyTorch uses that name itself"),
+        (["evaluate.py", "--models", f"type={loras['ocr']}"], "type: PyTorch uses that name itself"),
         (["distill.py", "--teachers", ocr, ocr, "--prompts", "ocr=toy/prompts/ocr_val.txt"], "ocr is given twice"),
         (["distill.py", "--resolution", 30], "--resolution 30: this model draws multiples of 4 up to 32"),
         (["distill.py", "--resolution", 64], "--resolution 64"),

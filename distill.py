@@ -28,7 +28,7 @@ from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_pr
                       parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
                       run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average,
                       write_json)
-from rewards import evaluate, markdown, parse_rewards
+from rewards import check_rewards, evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
@@ -76,6 +76,7 @@ add("--gradient-checkpointing", action="store_true", help="the same gradients fr
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for the table at the end")
 add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
+add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--eval-every", type=int, default=50, help="updates between curves and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward of the table")
@@ -99,7 +100,7 @@ if taken := teachers.keys() & {"base", "student", "start", "ema", "anchor"}:
 anchor_path, anchor_guidance = re.fullmatch(r"(.*?)(?:,guidance=(\d+\.?\d*|\.\d+))?", args.anchor).groups()
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
 eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
-rewards = parse_rewards(args.reward)
+rewards = parse_rewards(args.reward, args.reward_option)
 if lonely := eval_prompts.keys() - teachers.keys():
     die(f"--eval-prompts {', '.join(lonely)}: no teacher of that task; --teachers has {', '.join(teachers)}")
 samples = args.batch_size * args.group_size  # per process and update
@@ -121,6 +122,8 @@ accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
 shape = model.latent_shape(args.resolution)
+if rank == 0:
+    check_rewards(rewards, eval_prompts, args.resolution, tasks=prompts)  # on the CPU: they come back only for the table at the end
 for task, spec in teachers.items():
     model.load_teacher(task, spec["value"])
 anchor = {"none": None, "base": "base"}.get(anchor_path, "anchor")  # whom MAR asks

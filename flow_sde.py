@@ -634,13 +634,18 @@ def start_processes(track=None, out=None):
     return Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
 
 
-def end_processes(accelerator):
-    """Leave together. gloo's threads sometimes abort a process whose interpreter is shutting down, so several processes skip that."""
+def end_processes(accelerator, failure=None):
+    """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads sometimes abort a process whose
+    interpreter is shutting down, so several processes skip that."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.num_processes > 1:
+        if failure:
+            print(f"{os.path.basename(sys.argv[0])}: {failure}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
+        os._exit(1 if failure else 0)
+    if failure:
+        die(failure)
 
 
 def reduce_gradients(params, count):
@@ -781,7 +786,7 @@ class StopSignal:
     since a preempted machine waits no longer. A second one, not at once (torchrun passes on what a terminal sends too), ends it."""
 
     def __init__(self):
-        self.name, self.since = None, 0.0
+        self.name, self.since, self.failure = None, 0.0, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
@@ -789,6 +794,10 @@ class StopSignal:
         if self.name and time.monotonic() > self.since + 5:
             die("interrupted")
         self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
+
+    def fail(self, message):
+        """Leave in the same way, because something failed here: what was made before is saved, and the exit status is 1."""
+        self.name, self.failure = "failure", message
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""
@@ -847,10 +856,10 @@ def draw_rows(model, rows, prompts, args, rank=0, world=1, stop=None):
 
 
 def save_grid(path, rows, captions, cell=96):
-    """A picture grid: rows {label: pictures (N, 3, H, W)}, the same N captions over every column."""
+    """A picture grid: rows {label: N pictures (3, H, W)}, the same N captions over every column."""
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(11)
-    side = max(cell, next(iter(rows.values())).shape[-1])
+    side = max(cell, next(iter(rows.values()))[0].shape[-1])
     left, top, gap, n = 104, 44, 4, len(captions)
     canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(canvas)

@@ -8,7 +8,7 @@ prompt is scored by its own task's reward (and by the task-agnostic ones), all i
     torchrun --nproc_per_node=8 train_teacher.py --model stabilityai/stable-diffusion-3.5-medium \\
         --reward jpeg --prompts jpeg=prompts.txt --out out/jpeg                          # SD3.5 on eight GPUs
 
-Left out: reward servers, several reward models at once on other GPUs, full fine-tuning.
+Left out: full fine-tuning.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, parse_args,
                       parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
                       save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
-from rewards import evaluate, markdown, parse_rewards, rewards_of, score_batch, weighted_sum
+from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
            eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, dtype="float32", guidance=1.0, eval_num_steps=10,
@@ -34,7 +34,8 @@ TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/promp
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one reward; several: a mix, and the GRPO-Mix baseline")
+add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one reward; several: a mix, and the GRPO-Mix baseline (python rewards.py: the list)")
+add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="training prompts (.txt or .jsonl)")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: the LoRA that scores best on them is kept")
 add("--init", help="LoRA to start from (default: an untrained one)")
@@ -80,7 +81,7 @@ args = parse_args(parser, TOY)
 # -- prompts and rewards, checked before anything slow --------------------------------------------------------------------
 if not args.reward or not args.prompts:
     die("--model needs --reward NAME and --prompts TASK=FILE with it")
-rewards = parse_rewards(args.reward)
+rewards = parse_rewards(args.reward, args.reward_option)
 prompt_specs = parse_specs("--prompts", args.prompts, weight=1.0)
 prompts = {task: load_prompts(task, s["value"]) for task, s in prompt_specs.items()}
 eval_specs = parse_specs("--eval-prompts", args.eval_prompts)
@@ -105,6 +106,8 @@ accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
 shape = model.latent_shape(args.resolution)
+check_rewards(rewards, prompts, args.resolution, device)
+check_rewards(rewards, eval_prompts, args.resolution, device, prompts)
 if args.init:
     model.load_adapter("teacher", args.init)
 else:
@@ -118,7 +121,8 @@ if rank == 0:
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
 files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
          **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
-identity = run_identity(args, world, files) | {"eval_num_steps": args.eval_num_steps} | {f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}
+identity = run_identity(args, world, files) | {"eval_num_steps": args.eval_num_steps,
+                                               **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}}
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
@@ -132,7 +136,7 @@ def validate(adapter, label, step):
     row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world, tasks=prompts, stop=stop)
     if row is None:
         return None
-    score = sum(rewards[n][1] * s for n, s in row["scores"].items()) / sum(rewards[n][1] for n in row["scores"])
+    score = sum(rewards[n].weight * s for n, s in row["scores"].items()) / sum(rewards[n].weight for n in row["scores"])
     return {"model": label, "step": step, "score": score} | row
 
 
@@ -193,7 +197,7 @@ for step in range(start, args.steps + 1):
         noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
     trained = [i for i, a in enumerate(noise_levels[:-1]) if a > 0]  # the last step, almost without noise, is not trained
     conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
-    trajectories, scores = [], {name: [] for name in rewards}
+    trajectories, scorer = [], Scorer(rewards, prompts)  # pictures are scored while the next ones are sampled
     with torch.no_grad():
         for i in range(0, samples, args.micro_batch_size):
             if stop.name:
@@ -204,14 +208,19 @@ for step in range(start, args.steps + 1):
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
             steps = list(rollout(velocity, first_noise[i:i + args.micro_batch_size], sigmas, noise_levels, args.sde, draw))
             trajectories.append([steps[k] for k in trained])
-            for name, values in score_batch(model.decode(steps[-1].x_next), rows, rewards, prompts).items():
-                scores[name].append(values)
-
+            try:
+                scorer.submit(model.decode(steps[-1].x_next), rows)
+            except RewardError as error:
+                stop.fail(f"--reward {error}")
+    try:
+        scores = scorer.collect() if not stop.name else None
+    except RewardError as error:
+        stop.fail(f"--reward {error}")
     if stopping := stop.arrived(device):  # told to leave: the rollout in hand is given up
         break
 
     # advantage: how much better than its group, in units of the whole batch's spread
-    scores = {name: accelerator.gather(torch.cat(values).to(device)).cpu() for name, values in scores.items()}
+    scores = {name: accelerator.gather(values.to(device)).cpu() for name, values in scores.items()}
     everyone = weighted_sum(scores, rewards)                                                         # (B,) over all processes
     groups = everyone.view(-1, args.group_size)
     advantage = ((groups - groups.mean(1, keepdim=True)) / (everyone.std() + 1e-4)).clamp(-5, 5).flatten()
@@ -277,4 +286,4 @@ if rank == 0:
         print(markdown(results))
     print(f"stopped (--resume auto goes on): {args.out}/checkpoints" if stopping else
           f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
-end_processes(accelerator)
+end_processes(accelerator, stop.failure)

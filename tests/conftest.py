@@ -147,3 +147,25 @@ def hub_teacher(base, folder, seed, layout="peft", rank=32, alpha=64):
         StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(model),
                                                    transformer_lora_adapter_metadata=config.to_dict())
     return str(folder)
+
+
+def clip_tokenizer(folder):
+    """CLIP's tokenizer, with printable characters for a vocabulary."""
+    from transformers import CLIPTokenizer
+    signs, ends = [chr(c) for c in range(33, 127)], ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate([*signs, *(s + "</w>" for s in signs), *ends])}, merges=[], model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def small_clip(folder, **text):
+    """A random CLIPModel with its tokenizer in a folder, 28 x 28 pixels."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    size = len(clip_tokenizer(folder))
+    CLIPModel(CLIPConfig(
+        text_config=dict(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, bos_token_id=size - 2,
+                         eos_token_id=size - 1, pad_token_id=1, max_position_embeddings=77, **text),
+        vision_config=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, **text),
+        projection_dim=24, initializer_factor=4.0)).save_pretrained(folder)
+    return str(folder)

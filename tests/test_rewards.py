@@ -58,8 +58,8 @@ def test_text_score_at_every_edge(read, prompt, score):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     rewards.read_text.cache_clear()
-    with pytest.raises(SystemExit, match="--reward ocr: pip install rapidocr onnxruntime"):
-        rewards.ocr(torch.ones(1, 3, 64, 64), ['a "word"'])
+    with pytest.raises(SystemExit, match="--reward ocr: pip install rapidocr$"):
+        rewards.check_rewards(rewards.parse_rewards(["ocr"]), {"signs": [{"prompt": 'a "word"'}]}, 64)
 
 
 @pytest.mark.parametrize("prompt", ["no quotes", 'an empty ""', 'blank "  "'])

@@ -132,7 +132,7 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--noise-level", 0], "must be positive"),
         (["distill.py", "--resume", tmp_path], "no checkpoint there"),
         (["train_teacher.py", "--reward", "toy.smile"], "no such reward"),
-        (["train_teacher.py", "--reward", "toy.ocr=much"], "the weight must be a positive number"),
+        (["train_teacher.py", "--reward", "toy.ocr=much"], "NAME=WEIGHT (a positive number)"),
         (["train_teacher.py", "--group-size", 1], "--group-size 1"),
         (["train_teacher.py", "--sde-window", 9], "--sde-window 9"),
         (["sample.py", "--num-images", 0], "--num-images 0: must be at least 1"),

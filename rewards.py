@@ -87,13 +87,15 @@ def jpeg(images, prompts=None, metadata=None):
 def ocr(images, prompts, metadata=None):
     """Text rendering. 1 - min(edit distance, n) / n between the text read and the prompt's first quoted text of n letters, case and
     spaces ignored, a substring is perfect; in [0, 1]. Needs rapidocr and onnxruntime (PP-OCR's models, Apache-2.0, come with it)."""
-    texts = ["".join(read_text()(np.array(p)).txts or ()) for p in pil(images)]
-    return torch.tensor([text_score(text, prompt) for text, prompt in zip(texts, prompts)], dtype=torch.float32)
+    engine, cores = read_text(), max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(cores) as pool:
+        texts = pool.map(lambda p: "".join(engine(np.array(p)).txts or ()), pil(images))
+        return torch.tensor([text_score(text, prompt) for text, prompt in zip(texts, prompts)], dtype=torch.float32)
 
 
 @functools.cache
 def read_text():
-    """The OCR engine: detection and recognition, for upright text, one thread (the other cores sample)."""
+    """The OCR engine: detection and recognition, for upright text, one thread a picture."""
     need("rapidocr", "onnxruntime")
     from rapidocr import RapidOCR
     return RapidOCR(params={"Global.use_cls": False, "Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1})

@@ -160,6 +160,6 @@ def test_hub_ids(hub, tmp_path):
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    answer = subprocess.run([*command, "--models", "lora=someone/nothing"], cwd=ROOT, capture_output=True, text=True, env=env)
+    answer = subprocess.run([*command, "--models", "lora=someone/nothing", "--out", str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True, env=env)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "someone/nothing: neither a local path nor to be had from the hub" in answer.stderr

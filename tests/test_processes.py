@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, few
 
 COMMANDS = {  # script and flags, without the batch size per process
     "distill.py": ["--steps", "2", "--num-steps", "4", "--eval-num-steps", "2"],
@@ -24,9 +24,11 @@ def launch(processes, script, *argv):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_two_processes_make_the_update_of_one(script, tmp_path):
-    weights = []
+    weights, validation = [], few("test", 2, str(tmp_path))
+    few_prompts = {"distill.py": validation, "train_teacher.py": validation[:1]}.get(script)
     for processes in (1, 2):
-        launch(processes, script, *COMMANDS[script], "--batch-size", 8 // processes, "--out", tmp_path / str(processes))
+        launch(processes, script, *COMMANDS[script], "--batch-size", 8 // processes, "--out", tmp_path / str(processes),
+               *(["--eval-prompts", *few_prompts] if few_prompts else []))
         state = torch.load(tmp_path / str(processes) / "checkpoints/000002/state.pt", weights_only=True)["weights"]
         weights.append(torch.cat([p.flatten() for name in sorted(state) for p in state[name].values()]))
     assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()

@@ -156,7 +156,7 @@ if rank == 0:
 files = {"base": args.model, "anchor": anchor_path, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
 settings = {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
-identity = run_identity(args, world, files, "reward") | settings | {"anchor's guidance": anchor_guidance}
+identity = run_identity(args, world, files, "reward", "reward_option") | settings | {"anchor's guidance": anchor_guidance}
 start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:

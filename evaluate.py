@@ -14,7 +14,7 @@ Beside results.json there are results.md and samples.png. The table does not dep
 """
 
 import argparse
-import glob
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes,
                       write, write_json)
-from rewards import RewardError, check_rewards, encoded, markdown, mean_error, parse_rewards, pil, read_picture, rewards_of, score_batch
+from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards, pil, read_picture, rewards_of, score_batch
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", models=["base"] + [f"{t}=toy/teachers/{t}" for t in (*TASKS, "quality")],
@@ -91,7 +91,7 @@ def made_elsewhere(name, task):
 
 def to_be_made(name, task):
     """Where this program's pictures go: the prompt, as far as a file name can hold it, and the number."""
-    title = lambda row: re.sub(r"[/\\\x00-\x1f_]", " ", row["prompt"]).encode()[:200].decode(errors="ignore")
+    title = lambda row: re.sub(r"[/\\\x00-\x1f_]", " ", row["prompt"]).encode(errors="ignore")[:200].decode(errors="ignore")
     return [os.path.join(args.out, name, task, "samples", f"{title(row)}_{i:06d}.png") for i, row in enumerate(prompts[task])]
 
 
@@ -100,6 +100,16 @@ accelerator = start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
 # -- what is there already ------------------------------------------------------------------------------------------------
+def score_rows(place):
+    """The scores written so far, [{"picture", "reward", "score"}], without a line that a kill or a full disk cut."""
+    rows = []
+    for part in sorted(os.listdir(place)):
+        for line in open(os.path.join(place, part)) if re.fullmatch(r"scores(\.\d+)?\.jsonl", part) else ():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
 settings_files = {}
 for name, task in files if rank == 0 else ():
     place = os.path.join(args.out, name, task)
@@ -116,18 +126,16 @@ for name, task in files if rank == 0 else ():
         if changed := [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]:
             die(f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another --out, or delete that folder")
     settings_files[path] = settings
-    lines = [line for part in sorted(glob.glob(os.path.join(place, "scores*.jsonl"))) for line in open(part) if line.endswith("\n")]
-    write(os.path.join(place, "scores.jsonl"), "".join(lines))  # what each process wrote, in one file
-    for part in glob.glob(os.path.join(place, "scores.*.jsonl")):
-        os.remove(part)
+    write(os.path.join(place, "scores.jsonl"), "".join(json.dumps(row) + "\n" for row in score_rows(place)))  # what each process wrote, in one file
+    for part in os.listdir(place):
+        if re.fullmatch(r"scores\.\d+\.jsonl", part):
+            os.remove(os.path.join(place, part))
 accelerator.wait_for_everyone()
 
 
 def read_scores(name, task):
     """{(reward's identity, picture's number): score}, of all processes."""
-    parts = sorted(glob.glob(os.path.join(args.out, name, task, "scores*.jsonl")))
-    rows = [json.loads(line) for part in parts for line in open(part) if line.endswith("\n")]
-    return {(row["reward"], row["picture"]): row["score"] for row in rows}
+    return {(row["reward"], row["picture"]): row["score"] for row in score_rows(os.path.join(args.out, name, task))}
 
 
 jobs = []  # this process's (name, task, numbers, {reward: numbers to score}, whether pictures are to be made)
@@ -145,7 +153,7 @@ if any(missing for *_, missing in jobs):
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])
-check_rewards(rewards, prompts, args.resolution, device)
+check_rewards(rewards, prompts, args.resolution, device, needed={reward for *_, unscored, _ in jobs for reward in unscored})
 accelerator.wait_for_everyone()  # all have read, and nothing was refused, before anyone writes
 for path, settings in settings_files.items():
     write_json(path, settings)
@@ -159,7 +167,7 @@ progress = tqdm(total=sum((len(batch) if missing else 0) + sum(map(len, unscored
 
 def score_all(reward):
     """One reward's thread. A batch that fails is tried picture by picture; what cannot be scored stays without a score, which the table
-    calls missing; after three failures in a row the reward is left alone."""
+    calls missing; a reward that is unavailable three times in a row is left alone."""
     failures = 0
     while (job := waiting[reward].get()) is not None:
         name, task, numbers, pictures = job
@@ -174,21 +182,27 @@ def score_all(reward):
                 if len(part) > 1:
                     parts = [[k] for k in part]
                     continue
-                failures += 1
+                failures = failures + 1 if isinstance(error, Unavailable) else 0
                 tqdm.write(f"{name}, {task}, picture {numbers[part[0]]}: {error}" + (f"; {reward} is given up" if failures == 3 else ""))
-            except BaseException as error:
-                broken.append(error)
-                stop.name = "failure"
             else:
                 failures = 0
                 rows = [{"picture": numbers[k], "reward": rewards[reward].identity, "score": v} for k, v in zip(part, values.tolist())]
                 with writing, open(os.path.join(args.out, name, task, f"scores.{rank}.jsonl"), "a") as f:
-                    f.write("".join(json.dumps(row) + "\n" for row in rows))
+                    f.write("".join("\n" * (k == 0) + json.dumps(row) + "\n" for k, row in enumerate(rows)))  # after a line that a full disk cut
             with writing:
                 progress.update(len(part))
 
 
-threads = [threading.Thread(target=score_all, args=(n,), daemon=True) for n in rewards]
+def guarded(reward):
+    """A bug or a full disk in a reward's thread ends the program, not only the thread."""
+    try:
+        score_all(reward)
+    except BaseException as error:
+        broken.append(error)
+        stop.name = "failure"
+
+
+threads = [threading.Thread(target=guarded, args=(n,), name=f"reward {n}", daemon=True) for n in rewards]
 for thread in threads:
     thread.start()
 for name, task, batch, unscored, missing in jobs:

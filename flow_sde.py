@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import namedtuple
 
@@ -636,10 +637,10 @@ def start_processes(track=None, out=None):
 
 def end_processes(accelerator, failure=None):
     """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads sometimes abort a process whose
-    interpreter is shutting down, so several processes skip that."""
+    interpreter is shutting down, and so do threads that still score pictures: then that is skipped."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 or any(t.name.startswith("reward ") for t in threading.enumerate()):
         if failure:
             print(f"{os.path.basename(sys.argv[0])}: {failure}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
@@ -797,7 +798,7 @@ class StopSignal:
 
     def fail(self, message):
         """Leave in the same way, because something failed here: what was made before is saved, and the exit status is 1."""
-        self.name, self.failure = "failure", message
+        self.name, self.since, self.failure = "failure", time.monotonic(), message
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""

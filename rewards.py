@@ -35,18 +35,23 @@ import threading
 import time
 import typing
 import urllib.error
+import urllib.parse
 import urllib.request
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flow_sde import HERE, die, generators, listing, reduce_sum
+from flow_sde import HERE, die, fingerprint, generators, listing, reduce_sum
 
 
 class RewardError(Exception):
     """A reward could not be had, and why. Never a score of 0 instead: training stops, evaluation reports the score as missing."""
+
+
+class Unavailable(RewardError):
+    """No fault of the picture's: a server, a model or a package is not there, and would be missing for the next picture too."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ def encoded(picture, kind="PNG", **options):
 
 def need(*packages):
     if missing := [p for p in packages if importlib.util.find_spec(p) is None]:
-        raise RewardError(f"pip install {' '.join(missing)}")
+        raise Unavailable(f"pip install {' '.join(missing)}")
 
 
 def jpeg(images, prompts=None, metadata=None):
@@ -157,9 +162,9 @@ def load(kind, name, device=None, **options):
     """A transformers class from a folder or hub id."""
     try:
         thing = kind.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RewardError(f"{name} could not be loaded ({str(error).strip().splitlines()[0]})")
-    return thing.eval().requires_grad_(False).to(device) if device else thing
+    except Exception as error:  # a broken file can raise anything
+        raise Unavailable(f"{name} could not be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+    return thing.eval().requires_grad_(False).to(device, torch.float32) if device else thing
 
 
 def load_state(file):
@@ -169,11 +174,11 @@ def load_state(file):
         try:
             file = hf_hub_download("/".join(file.split("/")[:2]), "/".join(file.split("/")[2:]))
         except Exception as error:
-            raise RewardError(f"{file}: neither a local file nor to be had from the hub ({type(error).__name__})")
+            raise Unavailable(f"{file}: neither a local file nor to be had from the hub ({type(error).__name__})")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RewardError(f"{file}: not a checkpoint of tensors ({type(error).__name__})")
+        raise Unavailable(f"{file}: not a checkpoint of tensors ({type(error).__name__})")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.get("state_dict", state).items()}
 
 
@@ -182,7 +187,7 @@ def fill(model, state, file, device):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise RewardError(f"{file} does not fit: {' '.join(str(error).split()[:40])} ...")
+        raise Unavailable(f"{file} does not fit: {' '.join(str(error).split()[:40])} ...")
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -234,7 +239,7 @@ def load_head(file, prefix, device):
     state = load_state(file)
     keys = [f"{prefix}layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
     if missing := [k for k in keys if k not in state]:
-        raise RewardError(f"{file} does not fit: it lacks {listing(missing)}")
+        raise Unavailable(f"{file} does not fit: it lacks {listing(missing)}")
     return [state[k].to(device) for k in keys]
 
 
@@ -322,7 +327,7 @@ def load_imagereward(weights, tokenizer, device):
             num_hidden_layers=layers(r"blip\.text_encoder\.encoder\.layer\.(\d+)"),
             max_position_embeddings=len(text["embeddings.position_embeddings.weight"])), add_pooling_layer=False)
     except KeyError as error:
-        raise RewardError(f"{weights} does not fit: it lacks {error}")
+        raise Unavailable(f"{weights} does not fit: it lacks {error}")
     return fill(vision, tower, weights, device), fill(bert, text, weights, device), load_head(weights, "mlp.", device), load(AutoTokenizer, tokenizer)
 
 
@@ -335,12 +340,9 @@ def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-l
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     pixels = resized(pil(images), blip.config.vision_config.image_size, "squash").to(images.device)
     for picture, prompt, row in zip(pixels, prompts, metadata or [{}] * len(prompts)):
-        phrases = row["phrases"] if "phrases" in row else noun_phrases(prompt)
-        if not phrases:
-            raise ValueError(f"blipvqa finds no noun phrase in {prompt!r}")
         seen, score = blip.vision_model(pixel_values=picture[None])[0], torch.ones((), device=images.device)
-        for phrase in phrases[:8]:  # one by one: transformers 5.23 ignores a padding mask in BLIP's decoder
-            question = tokens(tokenizer, [f"{phrase.lower()}?"], images.device, length)["input_ids"]
+        for phrase in noun_phrases(row | {"prompt": prompt})[:8]:  # one by one: transformers 5.23 ignores a padding mask in BLIP's decoder
+            question = tokens(tokenizer, [re.sub(r'[.!"()*#:;~]', " ", phrase.lower()).strip() + "?"], images.device, length)["input_ids"]
             question[:, 0] = config.bos_token_id + 1  # BLIP's [ENC]
             asked = blip.text_encoder(question, encoder_hidden_states=seen, return_dict=False)[0]
             start = torch.full((1, 1), config.bos_token_id, device=images.device)
@@ -355,9 +357,13 @@ def load_blip(model, device):
     return load(BlipForQuestionAnswering, model, device), load(AutoTokenizer, model)
 
 
-@functools.cache
-def noun_phrases(prompt):
-    return [chunk.text for chunk in load_spacy()(prompt).noun_chunks]
+def noun_phrases(row):
+    """What a prompt's BLIP-VQA questions are about: its row's "phrases", or spaCy's noun chunks but for those that only say where."""
+    phrases = row["phrases"] if "phrases" in row else [chunk.text for chunk in load_spacy()(row["prompt"]).noun_chunks
+                                                       if chunk.text.lower() not in ("top", "the side", "the left", "the right")]
+    if not phrases or not isinstance(phrases, list) or not all(isinstance(p, str) and p.strip() for p in phrases):
+        raise ValueError(f"blipvqa finds no noun phrase in {row['prompt']!r}")
+    return phrases
 
 
 @functools.cache
@@ -367,7 +373,7 @@ def load_spacy():
     try:
         return spacy.load("en_core_web_sm")
     except OSError:
-        raise RewardError("python -m spacy download en_core_web_sm")
+        raise Unavailable("python -m spacy download en_core_web_sm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,6 +387,7 @@ OBJECTS = ("person, bicycle, car, motorcycle, airplane, bus, train, truck, boat,
            "plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, "
            "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush").split(", ")
 COLORS = "red orange yellow green blue purple pink brown black white".split()
+RELATIONS = "left of", "right of", "above", "below"
 DETECTOR, COLOR_CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 
 
@@ -410,6 +417,7 @@ def geneval_verdicts(images, metadata, detector=DETECTOR, clip=COLOR_CLIP):
     key = hashlib.sha256(images.cpu().numpy().tobytes()).digest(), json.dumps(metadata), detector, clip
     with _verdicts_lock:
         if key not in _verdicts:
+            load_clip(clip, clip, images.device)  # a missing one shows at once, not with the first coloured object
             verdicts = []
             for picture, objects, row in zip(pil(images), detect(images, detector), metadata):
                 found = confident(objects, row["tag"])
@@ -422,11 +430,17 @@ def geneval_verdicts(images, metadata, detector=DETECTOR, clip=COLOR_CLIP):
 
 
 def check_geneval(row):
-    if not isinstance(row.get("tag"), str) or not isinstance(row.get("include"), list):
+    """Refuse a prompt's row that is not GenEval's metadata: {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?}."""
+    include, exclude = row.get("include"), row.get("exclude", [])
+    if not isinstance(row.get("tag"), str) or not include or not isinstance(include, list) or not isinstance(exclude, list):
         raise ValueError(f'a geneval prompt needs the "tag" and "include" of GenEval\'s metadata files: {row.get("prompt")!r}')
-    for r in row["include"] + row.get("exclude", []):
-        if r.get("class") not in OBJECTS or r.get("color", "red") not in COLORS or not r.get("count", 0) > 0:
-            raise ValueError(f"geneval knows no such object, or it has no count: {r}")
+    for i, r in enumerate(include + exclude):
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+        fits = isinstance(r, dict) and r.get("class") in OBJECTS and r.get("color", "red") in COLORS and whole(r.get("count")) and r["count"] > 0
+        if fits and (place := r.get("position")) is not None:
+            fits = isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and whole(place[1]) and 0 <= place[1] < i
+        if not fits:
+            raise ValueError(f"not something geneval can look for (class, count, color, position): {r}")
 
 
 @torch.no_grad()
@@ -466,7 +480,7 @@ def load_detector(detector, device):
     need("scipy")  # transformers' class refuses to be made without it
     network = load(Mask2FormerForUniversalSegmentation, detector, device)
     if network.config.num_labels != len(OBJECTS):
-        raise RewardError(f"{detector} knows {network.config.num_labels} classes, not COCO's 80")
+        raise Unavailable(f"{detector} knows {network.config.num_labels} classes, not COCO's 80")
     return network
 
 
@@ -505,7 +519,7 @@ def relations(a, b):
     if (abs(clear) < 1e-3).all():
         return set()
     dx, dy = clear / np.linalg.norm(offset)
-    return {name for name, so in (("left of", dx < -0.5), ("right of", dx > 0.5), ("above", dy < -0.5), ("below", dy > 0.5)) if so}
+    return {name for name, so in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if so}
 
 
 def misplaced(group, position, groups):
@@ -593,7 +607,7 @@ def qwenvl(images, prompts, metadata=None, url="", model="Qwen/Qwen3-VL-30B-A3B-
 
 
 def unifiedreward(images, prompts, metadata=None, url="", model="CodeGoat24/UnifiedReward-qwen-7b", timeout=120.0, retries=3,
-                  prompt=BOTH + " Write it after 'Final Score:'.", pattern=r"Final Score:\s*([1-5](?:\.\d+)?)"):
+                  prompt=BOTH + " Write it after 'Final Score:'.", pattern=r"Final Score:\s*([1-5](?:\.\d+)?)(?!\d)"):
     """UnifiedReward (arXiv 2503.05236, MIT): caption and quality. The number after `pattern`, / 5; in [0.2, 1]. Needs an endpoint. The wording the
     model was trained on stands on its page: give it with unifiedreward.prompt=@FILE, {prompt} in the caption's place."""
     return judge(images, prompts, url, model, prompt, pattern, timeout, retries)
@@ -603,12 +617,12 @@ def judge(images, prompts, url, model, prompt, pattern, timeout, retries):
     """The number that `pattern` finds in the model's answer, over 5, a request per picture. -> (B,)"""
     def one(picture, text):
         answer = chat(url, model, prompt.replace("{prompt}", text), picture, timeout, retries, max_tokens=1024)
-        said = (answer.get("message") or {}).get("content") or ""
-        found = re.findall(pattern, said)
+        said = answer["message"]["content"] if isinstance(answer.get("message"), dict) else ""
+        found = re.findall(pattern, said) if isinstance(said, str) else []
         try:
             score = float(found[-1])
         except (IndexError, ValueError):
-            raise RewardError(f"{url}: no score where {pattern!r} looks for one, in the answer {said[-200:]!r}")
+            raise RewardError(f"{url}: no score where {pattern!r} looks for one, in the answer {str(said)[-200:]!r}")
         if not 0 <= score <= 5:
             raise RewardError(f"{url}: a score of {score}, not within 0 to 5")
         return score / 5
@@ -624,10 +638,11 @@ def ask_all(one, images, prompts):
 def chat(url, model, text, picture, timeout, retries, **options):
     """The first choice of a chat completion about a picture."""
     if not url:
-        raise RewardError("needs an endpoint: NAME=openai+http://HOST:PORT/v1 (NAME=0.2,openai+... with a weight)")
+        raise Unavailable("needs an endpoint: NAME=openai+http://HOST:PORT/v1 (NAME=0.2,openai+... with a weight)")
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(encoded(picture)).decode()}}
     request = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}]} | options
-    answer = post_json(url + "/chat/completions", request, timeout, retries)
+    key = os.environ.get("REWARD_API_KEY", "").strip()
+    answer = post_json(url + "/chat/completions", request, timeout, retries, {"Authorization": f"Bearer {key}"} if key else {})
     try:
         return answer["choices"][0] | {}
     except (KeyError, IndexError, TypeError):
@@ -668,16 +683,13 @@ class PlainUnpickler(pickle.Unpickler):
 
 def numbers(values, count, url):
     """A server's scores, one finite number a picture. -> (B,)"""
-    if not isinstance(values, (list, tuple)) or len(values) != count or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    if not isinstance(values, (list, tuple)) or len(values) != count or not all(isinstance(v, (int, float)) and abs(v) < 1e30 for v in values):
         raise RewardError(f"{url}: answered {str(values)[:200]}, not {count} finite numbers")
     return torch.tensor(values, dtype=torch.float32)
 
 
-def post_json(url, data, timeout, retries):
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("REWARD_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    reply = post(url, json.dumps(data).encode(), headers, timeout, retries)
+def post_json(url, data, timeout, retries, headers={}):
+    reply = post(url, json.dumps(data).encode(), {"Content-Type": "application/json"} | headers, timeout, retries)
     try:
         return json.loads(reply)
     except ValueError:
@@ -689,8 +701,16 @@ def post(url, body, headers, timeout, retries, most=2 ** 26):
     connection, no answer in time, 429, 5xx) it waits 1, 2, 4, ... seconds and tries again, `retries` times, then raises RewardError."""
     def attempt(answer):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+            request = urllib.request.Request(url, body, headers)
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as response:
                 answer.put(response.read(most + 1))
+        except urllib.error.HTTPError as error:
+            try:
+                said = error.read(2000).decode(errors="replace").strip().splitlines()[-1:]
+            except Exception:
+                said = []
+            temporary = error.code >= 500 or error.code == 429
+            answer.put((OSError if temporary else RewardError)(f"HTTP {error.code} {error.reason}: {''.join(said)[:200]}"))
         except Exception as error:
             answer.put(error)
 
@@ -707,13 +727,16 @@ def post(url, body, headers, timeout, retries, most=2 ** 26):
             if len(reply) > most:
                 raise RewardError(f"{url}: an answer of more than {most >> 20} MB")
             return reply
-        if isinstance(reply, urllib.error.HTTPError):
-            said = reply.read(2000).decode(errors="replace").strip().splitlines()[-1:]
-            kind = OSError if reply.code >= 500 or reply.code == 429 else RewardError
-            reply = kind(f"HTTP {reply.code} {reply.reason}: {''.join(said)[:200]}")
         if not isinstance(reply, (OSError, http.client.HTTPException)):
             break
-    raise RewardError(f"{url}: {getattr(reply, 'reason', None) or reply} ({k + 1} attempt{'s' if k else ''})")
+    raise Unavailable(f"{url}: {getattr(reply, 'reason', None) or reply} ({k + 1} attempt{'s' if k else ''})")
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Pictures and keys go where the user sent them and nowhere else: a redirect is an error."""
+
+    def redirect_request(self, *_):
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -722,7 +745,7 @@ def post(url, body, headers, timeout, retries, most=2 ** 26):
 REWARDS = {f.__name__: f for f in (geneval, geneval_strict, ocr, pickscore, clipscore, aesthetic, hpsv2, imagereward, blipvqa, deqa, qwenvl,
                                    unifiedreward, jpeg)}
 TOY = ["toy.compose", "toy.ocr", "toy.scene", "toy.quality"]
-CHECKS = {"ocr": lambda row: quoted_text(row["prompt"]), "geneval": check_geneval, "geneval_strict": check_geneval}  # of a prompt's row
+CHECKS = {"ocr": lambda row: quoted_text(row["prompt"]), "geneval": check_geneval, "geneval_strict": check_geneval, "blipvqa": noun_phrases}
 JUDGES = {"deqa", "qwenvl", "unifiedreward"}
 
 
@@ -774,15 +797,24 @@ def parse_rewards(specs, options=()):
             if key not in known:
                 die(f"--reward-option {full}.{key}: {full} has {', '.join(known) or 'no options'}")
             try:
-                given[key] = open(text[1:]).read() if text.startswith("@") else type(known[key])(text)
-            except (OSError, ValueError) as error:
+                given[key] = open(text[1:]).read() if text.startswith("@") else {"True": True, "False": False}[text] if isinstance(
+                    known[key], bool) else text if known[key] is None else type(known[key])(text)
+                if key == "timeout" and not given[key] > 0 or key == "retries" and given[key] < 0:
+                    raise ValueError("must be more than 0" if key == "timeout" else "must be at least 0")
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 die(f"--reward-option {full}.{key}={text}: {error}")
             if key == "pattern":
                 try:
-                    re.compile(given[key])
+                    groups = re.compile(given[key]).groups
                 except re.error as error:
                     die(f"--reward-option {full}.pattern={text}: {error}")
-        identity = (kind + "server " if url else "") + full + (" " + json.dumps(given, sort_keys=True) if given else "")
+                if groups != 1:
+                    die(f"--reward-option {full}.pattern={text}: must have one group, around the number")
+        lasting = {k: v for k, v in sorted(given.items()) if k not in ("timeout", "retries")}
+        source = f"{kind}server {urllib.parse.urlparse(fixed['url']).path}" if url else ""  # the same server may move to another host
+        if "." in full and not url:
+            source = fingerprint(os.path.join(HERE, full.rpartition(".")[0] + ".py"))
+        identity = " ".join(filter(None, (full, source, json.dumps(lasting) if lasting else "")))
         rewards[name] = Reward(functools.partial(function, **fixed, **given), float(m[3] or 1), m[2], identity)
     if chosen:
         die(f"--reward-option {', '.join(chosen)}: not among --reward {' '.join(specs or ())}")
@@ -791,23 +823,25 @@ def parse_rewards(specs, options=()):
 
 def rewards_of(task, rewards, tasks):
     """The names of the rewards that score a task's prompts: its own and the task-agnostic ones."""
-    own = lambda name: rewards[name].task or next((t for t in tasks if name == t or name.startswith(t + "_")), task)
+    own = lambda name: rewards[name].task or max((t for t in tasks if name == t or name.startswith(t + "_")), key=len, default=task)
     return [name for name in rewards if own(name) == task]
 
 
-def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None):
+def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed=None):
     """Before any long work: every prompt must be of the kind its rewards can score, and every reward must score one grey picture, so
-    that a missing package, model or server shows now."""
+    that a missing package, model or server shows now (`needed`: only these are tried)."""
     for name, reward in rewards.items():
         if reward.task and reward.task not in (tasks or prompts):
             die(f"--reward {name}@{reward.task}: no such task; there are {', '.join(tasks or prompts)}")
         rows = [(task, row) for task in prompts if name in rewards_of(task, rewards, tasks or prompts) for row in prompts[task]]
-        for task, row in rows if name in CHECKS and reward.identity.startswith(name) else ():
+        for task, row in rows if reward.function.func is REWARDS.get(name) else ():
             try:
-                CHECKS[name](row)
+                CHECKS.get(name, lambda row: None)(row)
             except ValueError as error:
                 die(f"--prompts {task}: {error}")
-        if rows:
+            except RewardError as error:
+                die(f"--reward {name}: {error}")
+        if rows and (needed is None or name in needed):
             try:
                 score_batch(torch.full((1, 3, resolution, resolution), 0.5, device=device), rows[:1], {name: reward}, tasks or prompts)
             except RewardError as error:
@@ -825,7 +859,7 @@ def score_batch(images, batch, rewards, tasks):
             try:
                 values = reward.function(images[rows], [batch[i][1]["prompt"] for i in rows], [batch[i][1] for i in rows])
             except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score
-                raise RewardError(f"{name}: {error}")
+                raise (Unavailable if isinstance(error, Unavailable) else RewardError)(f"{name}: {error}")
             assert values.shape == (len(rows),), f"reward {name} returned {tuple(values.shape)} for {len(rows)} pictures"
             scores[name][rows] = values.float().cpu()
             if not scores[name][rows].isfinite().all():
@@ -836,8 +870,8 @@ def score_batch(images, batch, rewards, tasks):
 class Scorer:
     """Scores batches in the background while the next one is sampled: the rewards beside one another, each one batch at a time."""
 
-    def __init__(self, rewards, tasks):
-        self.rewards, self.tasks, self.batches, self.locks = rewards, tasks, [], {name: threading.Lock() for name in rewards}
+    def __init__(self, rewards, tasks, stop=None):
+        self.rewards, self.tasks, self.stop, self.batches, self.locks = rewards, tasks, stop, [], {name: threading.Lock() for name in rewards}
 
     def submit(self, images, batch):
         """images: (B, 3, H, W), batch: B pairs (task, row). Waits where the rewards lag four batches behind, so that pictures do not pile up."""
@@ -849,14 +883,22 @@ class Scorer:
                     future.set_exception(error)
         self.batches.append({name: Future() for name in self.rewards})
         for name, future in self.batches[-1].items():
-            threading.Thread(target=job, args=(name, future), daemon=True).start()  # a daemon: leaving does not wait for a slow reward
+            threading.Thread(target=job, args=(name, future), name=f"reward {name}", daemon=True).start()
         for future in self.batches[-5].values() if len(self.batches) > 4 else ():
-            future.result()
+            self.wait(future)
+
+    def wait(self, future):
+        """A future's result; None if the process is told to stop (stop: its StopSignal) before there is one."""
+        while not (self.stop and self.stop.name):
+            if wait([future], timeout=0.2).done:
+                return future.result()
 
     def collect(self):
-        """{reward: (all submitted,) float32, NaN where it does not apply}, when all are scored. Both methods raise RewardError."""
+        """{reward: (all submitted,) float32, NaN where it does not apply}, when all are scored; None if told to stop before. This and
+        `submit` raise RewardError."""
         batches, self.batches = self.batches, []
-        return {name: torch.cat([b[name].result() for b in batches]) for name in self.rewards}
+        scores = {name: [self.wait(b[name]) for b in batches] for name in self.rewards}
+        return None if self.stop and self.stop.name else {name: torch.cat(values) for name, values in scores.items()}
 
 
 def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, tasks=None, progress=None, stop=None):
@@ -866,7 +908,7 @@ def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=N
     -> {"n", "scores", "stderr"}, or None if a process was told to stop (stop: its StopSignal)."""
     items = [(task, row) for task, rows in prompts.items() for row in rows]
     mine = list(range(rank, len(items), world))
-    scorer, table = Scorer(rewards, tasks or prompts), torch.zeros(len(rewards), len(items))
+    scorer, table = Scorer(rewards, tasks or prompts, stop), torch.zeros(len(rewards), len(items))
     try:
         for start in range(0, len(mine), args.eval_batch_size):
             if stop and stop.name:
@@ -878,8 +920,8 @@ def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=N
             if progress:
                 progress(len(batch))
         else:
-            if mine:
-                table[:, mine] = torch.stack(list(scorer.collect().values()))
+            if mine and (scores := scorer.collect()):
+                table[:, mine] = torch.stack(list(scores.values()))
     except RewardError as error:
         stop.fail(f"--reward {error}") if stop else die(f"--reward {error}")
     if stop and stop.arrived(model.device):
@@ -928,10 +970,11 @@ if __name__ == "__main__":
         image = read_picture(picture)[None]
         try:
             row = json.loads(prompt) if prompt.startswith("{") else {"prompt": prompt}
+            if not isinstance(row.get("prompt"), str):
+                raise ValueError('PROMPT: a JSON row needs a "prompt"')
             [(name, reward)] = rewards.items()
-            if name in CHECKS and reward.identity.startswith(name):
-                CHECKS[name](row)
-            print(f"{score_batch(image, [('', row)], rewards, [])[name].item():.4f}")
+            check_rewards(rewards, {reward.task or "": [row]}, 64, needed=())
+            print(f"{score_batch(image, [(reward.task or '', row)], rewards, [])[name].item():.4f}")
         except (RewardError, ValueError) as error:
             die(str(error))
     else:

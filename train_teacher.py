@@ -121,8 +121,9 @@ if rank == 0:
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
 files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
          **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
-identity = run_identity(args, world, files) | {"eval_num_steps": args.eval_num_steps,
-                                               **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()}}
+identity = run_identity(args, world, files, "reward", "reward_option") | {
+    "eval_num_steps": args.eval_num_steps, **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()},
+    **{f"reward {name}": [r.identity, r.weight, r.task] for name, r in rewards.items()}}
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
@@ -197,7 +198,7 @@ for step in range(start, args.steps + 1):
         noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
     trained = [i for i, a in enumerate(noise_levels[:-1]) if a > 0]  # the last step, almost without noise, is not trained
     conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
-    trajectories, scorer = [], Scorer(rewards, prompts)  # pictures are scored while the next ones are sampled
+    trajectories, scorer = [], Scorer(rewards, prompts, stop)  # pictures are scored while the next ones are sampled
     with torch.no_grad():
         for i in range(0, samples, args.micro_batch_size):
             if stop.name:
@@ -213,7 +214,7 @@ for step in range(start, args.steps + 1):
             except RewardError as error:
                 stop.fail(f"--reward {error}")
     try:
-        scores = scorer.collect() if not stop.name else None
+        scores = scorer.collect()
     except RewardError as error:
         stop.fail(f"--reward {error}")
     if stopping := stop.arrived(device):  # told to leave: the rollout in hand is given up

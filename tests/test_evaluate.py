@@ -84,8 +84,11 @@ def value(name):
 geneval, geneval_strict, ocr, deqa, pickscore = map(value, ("geneval", "geneval_strict", "ocr", "deqa", "pickscore"))
 def fickle(images, prompts, metadata):
     from rewards import RewardError
+    from rewards import Unavailable
+    if any(m["wanted"].get("dead") for m in metadata):
+        raise Unavailable("the server is gone")
     if any(m["wanted"].get("fails") for m in metadata):
-        raise RewardError("the server is tired")
+        raise RewardError("no number in this answer")
     return torch.ones(len(images))
 '''
 
@@ -133,10 +136,21 @@ def test_a_missing_score_is_missing_and_not_zero(tmp_path, fake, capsys):
 
 
 def test_a_dead_reward_is_given_up(tmp_path, fake, capsys):
-    rows = [{"prompt": f"p{i}", "wanted": {"ocr": 1, "fails": i > 0}} for i in range(12)]
+    rows = [{"prompt": f"p{i}", "wanted": {"ocr": 1, "dead": i > 0}} for i in range(12)]
     command = ["evaluate.py", *folder_of(tmp_path, rows, "things"), "--reward", f"{fake}.fickle", "--eval-batch-size", 4]
     assert "11 of fickle" in refused(*command)
-    assert capsys.readouterr().out.count("the server is tired") == 3
+    assert capsys.readouterr().out.count("the server is gone") == 3
+    rows = [{"prompt": f"p{i}", "wanted": {"ocr": 1, "fails": 0 < i < 7}} for i in range(12)]     # a picture's own fault says nothing of the next
+    command = ["evaluate.py", *folder_of(tmp_path, rows, "things")[:-1], tmp_path / "other", "--reward"]
+    assert "6 of fickle" in refused(*command, f"{fake}.fickle")
+    capsys.readouterr()
+    with open(tmp_path / "other/theirs/things/scores.0.jsonl", "a") as f:
+        f.write('{"picture": 3, "rew')                                                             # cut by a full disk
+    run(*command, f"{fake}.ocr")
+    with open(os.path.join(ROOT, f"{fake}.py"), "a") as f:
+        f.write("\n")                                                                             # another version of the module: score again
+    assert "6 of fickle" in refused(*command, f"{fake}.fickle")
+    assert "picture 1: fickle: no number" in capsys.readouterr().out
 
 
 def test_folders_are_checked(tmp_path, fake):

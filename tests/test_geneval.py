@@ -97,9 +97,14 @@ def test_relations(dx, dy, names):
 
 @pytest.mark.parametrize("row", [{"prompt": "a dog"}, {"prompt": "x", "tag": "colors", "include": [{"class": "dragon", "count": 1}]},
                                  {"prompt": "x", "tag": "colors", "include": [{"class": "dog"}]},
-                                 {"prompt": "x", "tag": "colors", "include": [{"class": "dog", "count": 1, "color": "mauve"}]}])
+                                 {"prompt": "x", "tag": "colors", "include": [{"class": "dog", "count": 1, "color": "mauve"}]},
+                                 {"prompt": "x", "tag": "colors", "include": []}, {"prompt": "x", "tag": "colors", "include": ["dog"]},
+                                 {"prompt": "x", "tag": "colors", "include": [DOG], "exclude": None}, {"prompt": "x", "tag": "c", "include": [{"class": "dog", "count": "2"}]},
+                                 {"prompt": "x", "tag": "position", "include": [DOG, {**CAT, "position": ["on top of", 0]}]},
+                                 {"prompt": "x", "tag": "position", "include": [DOG, {**CAT, "position": ["above", 1]}]},
+                                 {"prompt": "x", "tag": "position", "include": [DOG, {**CAT, "position": "above"}]}])
 def test_prompts_without_metadata_are_refused(row):
-    with pytest.raises(SystemExit, match="--prompts things: geneval|--prompts things: a geneval prompt needs"):
+    with pytest.raises(SystemExit, match="--prompts things: (a geneval prompt needs|not something geneval can look for)"):
         rewards.check_rewards(rewards.parse_rewards(["geneval"]), {"things": [row]}, 64)
 
 
@@ -186,6 +191,12 @@ def test_detector_and_clip_end_to_end(models):
     scores = rewards.score_batch(images, [("geneval", row), ("geneval", {**row, "include": [{"class": "toothbrush", "count": 1}]})], chosen, ["geneval"])
     assert scores["geneval_strict"][0] == float(set(colors) == {colors[0]}) and scores["geneval"][0] == pytest.approx(0.5 + colors.count(colors[0]) / len(colors) / 2)
     assert scores["geneval_strict"][1] == float("toothbrush" in found[1])
+
+
+def test_a_missing_color_model_shows_before_the_work(models):
+    row = {"prompt": "p", "tag": "two_object", "include": [DOG]}
+    with pytest.raises(SystemExit, match="--reward geneval: /nowhere could not be loaded"):
+        rewards.check_rewards(rewards.parse_rewards(["geneval"], [f"geneval.detector={models['detector']}", "geneval.clip=/nowhere"]), {"t": [row]}, 32)
 
 
 def test_one_detection_for_both_scores(models, monkeypatch):

@@ -248,11 +248,11 @@ def test_blipvqa(images, tmp_path, monkeypatch):
     assert score("blipvqa", images, metadata=rows, model=tmp_path).tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 1 and abs(expected[0] - 0.5) > 0.01
     chunks = {PROMPTS[0]: ["a red fox"], PROMPTS[1]: ["two cats", "a Very Long list of other animals"]}
-    nlp = lambda text: types.SimpleNamespace(noun_chunks=[types.SimpleNamespace(text=c) for c in chunks[text]])
+    nlp = lambda text: types.SimpleNamespace(noun_chunks=[types.SimpleNamespace(text=c) for c in ["top", *chunks[text], "The left"]])  # left out, officially
     monkeypatch.setattr(rewards, "load_spacy", lambda: nlp)
     assert score("blipvqa", images, model=tmp_path).tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(rewards.RewardError, match="no noun phrase"):
-        score("blipvqa", images, metadata=[{"phrases": []}] * 2, model=tmp_path)
+    with pytest.raises(SystemExit, match="--prompts t: blipvqa finds no noun phrase in 'p57'"):
+        rewards.check_rewards(rewards.parse_rewards(["blipvqa"]), {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]}, 32)
 
 
 def test_models_that_cannot_be_had(images, tmp_path):
@@ -268,7 +268,8 @@ def test_models_that_cannot_be_had(images, tmp_path):
     (["clipscore"], ["clipscore.speed=3"], "clipscore has model"), (["clipscore"], ["pickscore.model=x"], "not among --reward"), (["clipscore"], ["model"], "expected NAME.KEY"),
     (["deqa=http://x"], ["deqa.timeout=soon"], "could not convert"), (["jpeg"], ["jpeg.x=1"], "jpeg has no options"), (["jpeg=ftp://x"], [], "expected NAME"),
     (["jpeg=openai+http://x"], [], "openai[+] is for deqa"), (["qwenvl=openai+http://x"], ["qwenvl.pattern=("], "pattern=[(]"), (["smile"], [], "no such reward"),
-    (["qwenvl=openai+http://x"], ["qwenvl.prompt=@/nowhere"], "No such file")])
+    (["qwenvl=openai+http://x"], ["qwenvl.prompt=@/nowhere"], "No such file"), (["deqa=http://x"], ["deqa.retries=-1"], "at least 0"),
+    (["qwenvl=openai+http://x"], ["qwenvl.pattern=(a)(b)"], "one group")])
 def test_wrong_specs_are_refused(specs, options, message):
     with pytest.raises(SystemExit, match=message):
         rewards.parse_rewards(specs, options)
@@ -284,4 +285,9 @@ def test_specs(tmp_path):
     assert chosen["geneval"].function.func is rewards.served_pickle
     tasks = ["ocr", "scene", "geneval"]
     assert rewards.rewards_of("scene", chosen, tasks) == ["jpeg", "deqa", "mine"] and rewards.rewards_of("ocr", chosen, tasks) == ["ocr", "deqa", "mine"]
+    for tasks_too in (["ocr", "ocr_strict"], ["ocr_strict", "ocr"]):
+        two = rewards.parse_rewards(["ocr", "ocr_strict=http://h"])
+        assert rewards.rewards_of("ocr", two, tasks_too) == ["ocr"] and rewards.rewards_of("ocr_strict", two, tasks_too) == ["ocr_strict"]
+    same = [rewards.parse_rewards([s], o)["deqa"].identity for s, o in (("deqa=http://a/x", ()), ("deqa=http://b:9/x", ["deqa.timeout=9"]))]
+    assert same[0] == same[1] != rewards.parse_rewards(["deqa=http://a/y"])["deqa"].identity    # a server may move, its path says what it is
     assert rewards.rewards_of("geneval", rewards.parse_rewards(["geneval", "geneval_strict", "ocr"]), tasks) == ["geneval", "geneval_strict"]

@@ -148,6 +148,35 @@ def test_absent_and_slow_servers_end_in_time(serve, monkeypatch):
     stop.set()
 
 
+def test_broken_error_pages_and_redirects(serve, monkeypatch):
+    waits, asked = brief(monkeypatch), []
+    def cut(*args):                                 # a 503 whose body ends too early
+        handler = args[3]
+        handler.send_response(503), handler.send_header("Content-Length", "1000"), handler.end_headers()
+        handler.wfile.write(b"busy")
+    with pytest.raises(rewards.Unavailable, match="HTTP 503.*4 attempts"):
+        score(f"taste={serve(cut)}")
+    assert waits == [1, 2, 4]
+    elsewhere = serve(lambda *a: asked.append(a) or (200, b"{}"))
+    def away(*args):
+        args[3].send_response(302), args[3].send_header("Location", elsewhere), args[3].send_header("Content-Length", "0"), args[3].end_headers()
+    monkeypatch.setenv("REWARD_API_KEY", "secret\n")
+    with pytest.raises(rewards.RewardError, match="HTTP 302") as caught:
+        score(f"qwenvl=openai+{serve(away)}/v1")
+    assert not asked and "secret" not in str(caught.value)
+
+
+def test_waiting_for_a_reward_ends_with_the_signal(serve):
+    """SIGTERM while a server thinks: the wait ends at once, whatever the server does."""
+    done, stop = threading.Event(), type("Stop", (), {"name": None})()
+    scorer = rewards.Scorer(rewards.parse_rewards([f"slow={serve(lambda *_: done.wait(20) and (200, b'{}'))}"]), [], stop)
+    scorer.submit(IMAGES, [("t", {"prompt": p}) for p in PROMPTS])
+    threading.Timer(0.3, lambda: setattr(stop, "name", "SIGTERM")).start()
+    began = time.monotonic()
+    assert scorer.collect() is None and time.monotonic() - began < 2
+    done.set()
+
+
 def test_a_huge_answer_is_not_swallowed(serve, monkeypatch):
     monkeypatch.setattr(rewards.post, "__defaults__", (1000,))
     with pytest.raises(rewards.RewardError, match="more than"):

@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -25,10 +27,11 @@ import signal
 import sys
 import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on optional packages are not this program's output
@@ -131,13 +134,14 @@ TARGETS = ["attn." + p for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj
 
 
 class SD3:
-    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer. The trainable adapter is peft's ACTIVE
-    one and stays so; every other adapter is asked for by name, per sample. So no adapter is ever switched between a
-    forward and its backward, a mistake that costs the student its gradient without an error. A teacher that is no LoRA but
-    a whole transformer of its own stands beside the base in `full` and is asked for by name all the same.
+    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer, each asked for by name, per sample. `routes` says who
+    answers which rows of a batch; when nothing is asked it names the adapter that is trained, which is whom gradient checkpointing
+    finds when it computes a block again. (With peft's switches, another adapter between a forward and its backward costs the student
+    its gradient without an error.) A teacher that is no LoRA but a whole transformer of its own stands beside the base in `full`.
 
-    dtype is the frozen networks'; LoRA weights, latents, guidance and the SDE are float32. use_t5=False leaves out the largest text
-    encoder (its tokens are zeros, as in diffusers); offload keeps the text encoders in the CPU's memory but while they encode."""
+    dtype is the frozen networks', and what frozen LoRAs are computed in; the trained LoRA, latents, guidance and the SDE are float32.
+    use_t5=False leaves out the largest text encoder (its tokens are zeros, as in diffusers); offload keeps the text encoders in the
+    CPU's memory but while they encode."""
 
     def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False):
         import warnings
@@ -155,7 +159,8 @@ class SD3:
             die(f"--model {model}: cannot be loaded: {str(error).splitlines()[0]}")
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
-        self.peft = None  # the transformer in its PeftModel, once there is an adapter
+        self.peft, self.routes = None, []  # the transformer in its PeftModel, once there is an adapter; [(adapter, rows)]
+        torch.backends.cuda.matmul.allow_tf32 |= dtype != torch.float32  # the trained LoRA's inputs are of half precision anyway
         self.text_encoders = [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
         for module in (self.transformer, self.pipe.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
@@ -221,35 +226,43 @@ class SD3:
         return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
 
     def _forward(self, x, t, embeds, pooled, names):
-        """The network of every sample's name at (x, t). One adapter for the whole batch costs nothing extra; several share a forward."""
+        """The network of every sample's name at (x, t). The adapters of a batch share a forward, each with one slice of the rows."""
         alone = next((n for n in names if n in self.full), None)
         if alone and set(names) != {alone}:  # one network at a time
             v = torch.empty_like(x)
             for rows in ([i for i, n in enumerate(names) if n == alone], [i for i, n in enumerate(names) if n != alone]):
                 v[rows] = self._forward(x[rows], t, embeds[rows], pooled[rows], [names[i] for i in rows])
             return v
-        network, active, kwargs = self.full.get(alone, self.peft or self.transformer), None, {}
-        if not alone and self.peft is not None and set(names) != {self.peft.active_adapter}:
-            if len(set(names)) == 1 and names[0] != "base" and not torch.is_grad_enabled():
-                active = names[0]
-            else:
-                kwargs["adapter_names"] = ["__base__" if n == "base" else n for n in names]
-        with self._answering(active):
-            return network(hidden_states=x, timestep=torch.full((len(x),), t * 1000, device=x.device), encoder_hidden_states=embeds,
-                           pooled_projections=pooled, return_dict=False, **kwargs)[0]
-
-    @contextlib.contextmanager
-    def _answering(self, name):
-        """Another adapter answers one forward without gradient: peft's set_adapter would also change who is trained."""
-        layers = [m for m in self.transformer.modules() if hasattr(m, "lora_A")] if name else []
-        before = [layer._active_adapter for layer in layers]
-        for layer in layers:
-            layer._active_adapter = [name]
+        counts = Counter(names)
+        order = sorted(range(len(names)), key=lambda i: list(counts).index(names[i]))
+        ends = itertools.accumulate(counts.values())
+        routes = [(n, slice(end - counts[n], end)) for n, end in zip(counts, ends) if n != "base" and n != alone]
+        if sorted_here := order != list(range(len(names))):
+            index = torch.tensor(order, device=x.device)
+            x, embeds, pooled = x[index], embeds[index], pooled[index]
+        before, self.routes = self.routes, routes
         try:
-            yield
+            v = self.full.get(alone, self.transformer)(
+                hidden_states=x, timestep=torch.full((len(x),), t * 1000, device=x.device), encoder_hidden_states=embeds,
+                pooled_projections=pooled, return_dict=False)[0]
         finally:
-            for layer, adapter in zip(layers, before):
-                layer._active_adapter = adapter
+            self.routes = before
+        return v[index.argsort()] if sorted_here else v
+
+    def _lora_forward(self, layer, x):
+        """A linear layer's W x + alpha/r B A x, every row with its own adapter's A and B."""
+        y = layer.base_layer(x)
+        for name, rows in self.routes:
+            if name in layer.lora_A:
+                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+                dtype = A.dtype if A.requires_grad else x.dtype
+                whole = rows == slice(0, len(x)) or rows is None
+                delta = F.linear(F.linear((x if whole else x[rows]).to(dtype), A.to(dtype)), B.to(dtype)).mul(layer.scaling[name]).to(y.dtype)
+                if whole:
+                    y = y + delta
+                else:
+                    y[rows] += delta
+        return y
 
     @torch.no_grad()
     def decode(self, latents):
@@ -344,8 +357,8 @@ class SD3:
 
     def train_adapter(self, name):
         """Make this adapter the active one and the only one with gradients; returns its parameters (float32)."""
-        self.peft.set_adapter(name)
         self.peft.requires_grad_(False)
+        self.routes = [(name, None)]
         return [p.requires_grad_(True) for p in self.weights(name).values()]
 
     def weights(self, name):
@@ -372,7 +385,10 @@ class SD3:
         for p in self.weights(name).values():
             p.data = p.data.float()
             p.requires_grad_(False)
-        self.peft.eval()  # peft routes samples to adapters in eval mode only; SD3 has no dropout
+        for layer in self.pipe.transformer.modules():
+            if hasattr(layer, "lora_A"):  # peft keeps the weights, but its forward for several adapters waits for the GPU in every layer
+                layer.forward = functools.partial(self._lora_forward, layer)
+        self.peft.eval()
 
 
 def read_lora(path):

@@ -44,7 +44,7 @@ def test_mixed_batch_equals_one_adapter_at_a_time(model):
     mixed = model.velocity(x, t, cond, names, [1.0, 4.0, 2.0, 1.0])
     for i, (name, g) in enumerate(zip(names, [1.0, 4.0, 2.0, 1.0])):
         alone = model.velocity(x[i:i + 1], t, tuple(c[i:i + 1] for c in cond), name, g)
-        assert torch.allclose(mixed[i:i + 1], alone, atol=1e-5), name
+        assert torch.allclose(mixed[i:i + 1], alone, atol=2e-5), (name, (mixed[i:i + 1] - alone).abs().max())
     assert (mixed[0] - model.velocity(x, t, cond, "scene")[0]).abs().max() > 1e-3
     assert torch.allclose(model.velocity(x, t, cond, "base"), SD3(BASE).velocity(x, t, cond), atol=1e-6)
 

@@ -1,0 +1,334 @@
+"""What an update costs: runs the real distill.py or train_teacher.py, times and counts one update, and sets it beside the floor, the fewest
+operations an update of this shape can do with, and beside other recipes for the same update.
+
+    python bench.py --recipe ours two-pass released                  # a random SD3 of 110 M parameters on two CPU cores
+    python bench.py --script train_teacher.py                        # stage 1
+    python bench.py --model sd35m-random --dtype bfloat16 --resolution 512 --num-steps 10 --guidance 4.5 --batch-size 12 \\
+        --recipe ours released                                       # SD3.5-Medium's architecture on a GPU
+
+`ours` is the script itself, watched from outside. `two-pass` stores the trajectory and walks it again to learn. `released` does so too, as
+the released code does, with a float32 network of its own for every teacher, asked one after another. Each recipe runs in a process of its
+own. FLOPs are those of torch's flop counter. The floor is the student's forward and backward, its teacher's and the anchor's forward at
+every learnt step, of the bare network without LoRA (stage 1: sampling, then forward, backward and the base's forward). MFU: FLOPs over
+seconds, and over the rate of a large matrix product in the same data type, measured in the same process.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import flow_sde
+import rewards
+from flow_sde import HERE, SD3, die, kl, randn, rollout, save_lora, sigma_schedule, transition, write_json
+
+SIZES = {  # layers, heads, width of a head, layers with two attentions, text width, CLIP layers, VAE channels
+    "tiny-random": (2, 2, 16, 1, 64, 1, 8), "mid-random": (4, 14, 64, 2, 512, 1, 16), "sd35m-random": (24, 24, 64, 13, 4096, 12, 128)}
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=flow_sde.Help)
+add = parser.add_argument
+add("--script", choices=["distill.py", "train_teacher.py"], default="distill.py", help="whose update")
+add("--recipe", nargs="+", choices=["ours", "two-pass", "released"], default=["ours"], help="ways to make distill.py's update")
+add("--model", default="mid-random", help=f"{', '.join(SIZES)} (SD3.5-Medium's architecture without T5's encoder), or a folder")
+add("--teachers", type=int, default=3, help="LoRA teachers, rank 32, besides the anchor")
+add("--batch-size", type=int, default=6, help="trajectories an update")
+add("--micro-batch-size", type=int, default=6, help="samples per forward")
+add("--num-steps", type=int, default=5, help="sampling steps, of which the last is left out")
+add("--resolution", type=int, default=128, help="pixels")
+add("--guidance", type=float, default=1.0, help="of everyone")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen networks; released: always float32")
+add("--gradient-checkpointing", action="store_true", help="as distill.py's")
+add("--updates", type=int, default=3, help="timed updates, after one that is not")
+add("--out", help="JSON file for the figures")
+add("--inside", help=argparse.SUPPRESS)  # the folder of a recipe's own process
+args = parser.parse_args()
+if args.script != "distill.py" and args.recipe != ["ours"]:
+    die("--recipe is for --script distill.py")
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# something to measure
+
+def random_pipeline(folder, layers, heads, head_dim, dual, text, clip_layers, channels):
+    """A StableDiffusion3Pipeline with random weights: SD3.5's classes and settings at any size, without T5's encoder (its rows are zeros)."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    torch.manual_seed(0)
+    signs, ends = [chr(c) for c in range(33, 127)], ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {t: i for i, t in enumerate([*signs, *(s + "</w>" for s in signs), *ends])}
+    real = text == 4096
+    widths, depths = ((768, 1280), (clip_layers, 32)) if real else ((text // 8, text // 8), (clip_layers, clip_layers))
+    with torch.device(device):
+        clips = [CLIPTextModelWithProjection(CLIPTextConfig(
+            vocab_size=len(vocab), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=max(1, width // 64),
+            projection_dim=width, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=1)) for width, depth in zip(widths, depths)]
+        transformer = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=head_dim, num_attention_heads=heads,
+            joint_attention_dim=text, caption_projection_dim=heads * head_dim, pooled_projection_dim=sum(widths), qk_norm="rms_norm",
+            pos_embed_max_size=384 if real else 96, dual_attention_layers=tuple(range(dual)))
+        vae = AutoencoderKL(block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels), down_block_types=["DownEncoderBlock2D"] * 4,
+                            up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16, layers_per_block=2, norm_num_groups=min(32, channels // 2),
+                            sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    tokenizers = [CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")]
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
+        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=None, tokenizer_3=None)
+    pipe.to(getattr(torch, args.dtype)).save_pretrained(folder)
+    return folder
+
+
+def random_loras(folder, model, count):
+    """LoRAs of rank 32 with random weights in folder/0, folder/1, ..."""
+    model.new_adapter("x", 32, 64)
+    for i in range(count):
+        gen = torch.Generator().manual_seed(i)
+        lora = {n: (A, torch.randn(B.shape, generator=gen) * 0.02, alpha) for n, (A, B, alpha) in model.lora("x").items()}
+        save_lora(lora, os.path.join(folder, str(i)))
+
+
+def matrix_rate(dtype):
+    """FLOP/s of a large matrix product: what the device can do."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    best = float("inf")
+    for _ in range(10):
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        synchronize()
+        best = min(best, (time.perf_counter() - began) / 3)
+    return 2 * n ** 3 / best
+
+
+def synchronize():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# watching an update
+
+class Watch:
+    """Seconds by part and forwards in samples, while `on`."""
+
+    def __init__(self):
+        self.seconds, self.counts, self.on, self.inside = collections.Counter(), collections.Counter(), False, False
+
+    def wrap(self, owner, name, part):
+        """Time owner.name as a part (or the part that part(*arguments) says); what runs inside another part belongs to that one. Rewards run in
+        threads of their own, beside the sampling."""
+        function = getattr(owner, name)
+
+        def timed(*a, **k):
+            beside = threading.current_thread() is not threading.main_thread()
+            if not self.on or self.inside and not beside:
+                return function(*a, **k)
+            self.inside |= not beside
+            synchronize()
+            began = time.perf_counter()
+            try:
+                return function(*a, **k)
+            finally:
+                synchronize()
+                self.seconds[part if isinstance(part, str) else part(*a, **k)] += time.perf_counter() - began
+                self.inside &= beside
+        setattr(owner, name, timed)
+
+    def count(self, network):
+        forward = network.forward
+
+        def counted(module, *a, **k):
+            self.counts["forwards"] += len(k["hidden_states"])
+            self.counts["with a graph"] += len(k["hidden_states"]) * torch.is_grad_enabled()
+            return forward(module, *a, **k)
+        network.forward = counted
+
+
+class Done(BaseException):
+    """The last update has been measured."""
+
+
+def velocity_part(model, x, t, cond, adapter="base", guidance=1.0):
+    """Whose forward a call of SD3.velocity is."""
+    learner = torch.is_grad_enabled() or adapter in ("student", "teacher")
+    return "student" if learner else "anchor or base" if adapter in ("anchor", "base") else "teachers"
+
+
+def measure(run):
+    """Call run(boundary), which calls boundary() where an update begins, until all is known: one update to warm up, `--updates` timed, one with
+    a clock on every part, one with the flop counter."""
+    from diffusers import SD3Transformer2DModel
+    watch, times, figures, stack = Watch(), [], {}, contextlib.ExitStack()
+    for owner, name, part in ((SD3, "encode", "text encoding"), (SD3, "velocity", velocity_part), (SD3, "decode", "decode"),
+                              (torch.Tensor, "backward", "backward"), (torch.optim.AdamW, "step", "optimizer"),
+                              (rewards, "score_batch", "reward, beside the sampling")):
+        watch.wrap(owner, name, part)
+    watch.count(SD3Transformer2DModel)
+
+    def boundary():
+        synchronize()
+        times.append(time.perf_counter())
+        made = len(times) - 1
+        if made == 1 + args.updates:
+            on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            figures["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else on_cpu) / 1e9
+            watch.counts.clear()
+            watch.on = True
+        elif made == 2 + args.updates:
+            watch.on = False
+            figures["samples"] = dict(watch.counts)
+            watch.flops = stack.enter_context(FlopCounterMode(display=False))
+        elif made == 3 + args.updates:
+            figures["flops"] = watch.flops.get_total_flops()
+            raise Done
+    with contextlib.suppress(Done):
+        run(boundary)
+    stack.close()
+    watch.on = False
+    took = [b - a for a, b in zip(times, times[1:])]
+    figures["seconds"] = statistics.median(took[1:1 + args.updates])
+    figures["all_seconds"] = took[1:1 + args.updates]
+    parted = took[1 + args.updates]
+    figures["parts"] = {part: seconds / parted for part, seconds in watch.seconds.most_common()}
+    figures["parts"]["the rest"] = 1 - sum(share for part, share in figures["parts"].items() if "beside" not in part)
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the recipes
+
+def ours(folder, base, boundary):
+    """The script itself."""
+    pick = flow_sde.pick_prompts
+    flow_sde.pick_prompts = lambda *a: boundary() or pick(*a)  # an update begins where it picks its prompts
+    tasks = [f"t{i}" for i in range(args.teachers)]
+    flags = {"model": base, "prompts": [f"{t}={folder}/prompts.txt" for t in tasks], "batch-size": args.batch_size,
+             "micro-batch-size": args.micro_batch_size, "num-steps": args.num_steps, "resolution": args.resolution, "guidance": args.guidance,
+             "dtype": args.dtype, "steps": 1000, "save-every": 1000, "eval-every": 1000, "out": os.path.join(folder, "out")}
+    if args.script == "distill.py":
+        flags |= {"teachers": [f"{t}={folder}/{i}" for i, t in enumerate(tasks)], "anchor": f"{folder}/{args.teachers}",
+                  "init": f"{folder}/{args.teachers + 1}"}
+    else:
+        flags |= {"prompts": [f"t={folder}/prompts.txt"], "reward": ["jpeg"], "batch-size": 1, "group-size": args.batch_size,
+                  "updates-per-rollout": 1}
+    sys.argv = [os.path.join(HERE, args.script)]
+    for flag, value in flags.items():
+        sys.argv += ["--" + flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    if args.gradient_checkpointing:
+        sys.argv.append("--gradient-checkpointing")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def walked_again(folder, base, boundary):
+    """distill.py's update with a stored trajectory: on one shared base (two-pass), or with a float32 network for everyone (released)."""
+    released = args.recipe == ["released"]
+    names = [*(f"t{i}" for i in range(args.teachers)), "anchor", "student"]
+    dtype = torch.float32 if released else getattr(torch, args.dtype)
+    shared = SD3(base, dtype, device, gradient_checkpointing=args.gradient_checkpointing)
+    models = {}
+    for i, name in enumerate(names):
+        models[name] = shared
+        if released and name != "student":
+            models[name] = SD3(base, dtype, device)
+            models[name].pipe.vae, models[name].text_encoders = None, []  # the network is what is compared
+        models[name].load_adapter(name, f"{folder}/{i}")
+    params = shared.train_adapter("student")
+    optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4)
+    shape, sigmas = shared.latent_shape(args.resolution), sigma_schedule(args.num_steps, shared.shift)[:-1]
+    prompts = open(f"{folder}/prompts.txt").read().splitlines()
+    while True:
+        boundary()
+        conds = shared.encode([prompts[i % len(prompts)] for i in range(args.batch_size)])
+        for i in range(0, args.batch_size, args.micro_batch_size):
+            cond = [c[i:i + args.micro_batch_size] for c in conds]
+            tasks = [f"t{k % args.teachers}" for k in range(len(cond[0]))]
+            gens = flow_sde.generators(0, len(prompts), range(len(tasks)))
+            draw = lambda: randn(gens, shape, device)
+            with torch.no_grad():
+                steps = list(rollout(lambda x, t: shared.velocity(x, t, cond, "student", args.guidance), draw(), sigmas, 0.7, "flow", draw))
+            for s in steps:
+                v = shared.velocity(s.x, s.t, cond, "student", args.guidance)
+                with torch.no_grad():
+                    if released:  # a batch of one task at a time
+                        v_teacher = models[tasks[0]].velocity(s.x, s.t, cond, tasks[0], args.guidance)
+                    else:
+                        v_teacher = shared.velocity(s.x, s.t, cond, tasks, args.guidance)
+                    v_anchor = models["anchor"].velocity(s.x, s.t, cond, "anchor", args.guidance)
+                mean, std = transition(s.x, v, s.t, s.t_next, 0.7)
+                distance = lambda other: kl(mean, transition(s.x, other, s.t, s.t_next, 0.7)[0], std)
+                (distance(v_teacher) + 0.5 * distance(v_anchor)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def floor(base):
+    """The fewest FLOPs of an update of this shape."""
+    model = SD3(base, torch.float32, device)
+    cond = model.encode(["x"])
+    x = torch.randn(1, *model.latent_shape(args.resolution), device=device)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.velocity(x, 0.5, cond)
+    with FlopCounterMode(display=False) as both:
+        model.velocity(x.requires_grad_(), 0.5, cond).sum().backward()
+    f, fb = forward.get_total_flops(), both.get_total_flops()
+    learnt = args.num_steps - 1
+    per_sample = learnt * (fb + 2 * f) if args.script == "distill.py" else args.num_steps * f + learnt * (fb + f)
+    return per_sample * args.batch_size * (1 if args.guidance == 1 else 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+if args.inside:
+    base = os.path.join(args.inside, "base") if args.model in SIZES else args.model
+    rate = matrix_rate(torch.float32 if args.recipe == ["released"] else getattr(torch, args.dtype))
+    figures = {"recipe": args.recipe[0]} | measure(lambda boundary: (ours if args.recipe == ["ours"] else walked_again)(args.inside, base, boundary))
+    figures |= {"floor": floor(base), "matrix_flops_per_second": rate, "mfu": figures["flops"] / figures["seconds"] / rate}
+    write_json(args.out, figures)
+    os._exit(0)
+
+with tempfile.TemporaryDirectory() as folder:
+    base = random_pipeline(os.path.join(folder, "base"), *SIZES[args.model]) if args.model in SIZES else args.model
+    model = SD3(base)
+    size = sum(p.numel() for p in model.transformer.parameters()) / 1e6
+    random_loras(folder, model, args.teachers + 2)
+    del model
+    with open(os.path.join(folder, "prompts.txt"), "w") as f:
+        f.writelines(f"a picture of {n}\n" for n in ("a red fox", "two cups", "a quiet harbour", "an old clock"))
+    rows = []
+    for recipe in args.recipe:
+        file = os.path.join(folder, "figures.json")
+        command = [sys.executable, os.path.join(HERE, "bench.py"), *sys.argv[1:], "--recipe", recipe, "--inside", folder, "--out", file]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            die(f"--recipe {recipe} failed: what it said stands above")
+        rows.append(json.load(open(file)))
+
+where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+print(f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, {args.resolution} px, "
+      f"guidance {args.guidance:g}, {args.dtype}, {args.teachers} teachers and an anchor; {where}\n")
+print("| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU | memory, GB | outside the network |")
+print("|---" * 8 + "|")
+for r in rows:
+    outside = 1 - sum(r["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward"))
+    print(f"| {r['recipe']} | {r['seconds']:.2f} | {r['samples']['forwards']} ({r['samples']['with a graph']}) | {r['flops'] / 1e12:.3f} | "
+          f"{r['flops'] / r['floor']:.2f} | {r['mfu']:.0%} | {r['memory_gb']:.2f} | {outside:.1%} |")
+for r in rows:
+    print(f"\n{r['recipe']}: " + ", ".join(f"{part} {share:.1%}" for part, share in r["parts"].items()))
+    if r is not rows[0]:
+        print(f"{r['recipe']} takes {r['seconds'] / rows[0]['seconds']:.2f} times the seconds of {rows[0]['recipe']}")
+if args.out:
+    write_json(args.out, rows)

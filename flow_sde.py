@@ -257,7 +257,8 @@ class SD3:
                 A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
                 dtype = A.dtype if A.requires_grad else x.dtype
                 whole = rows == slice(0, len(x)) or rows is None
-                delta = F.linear(F.linear((x if whole else x[rows]).to(dtype), A.to(dtype)), B.to(dtype)).mul(layer.scaling[name]).to(y.dtype)
+                few = F.linear((x if whole else x[rows]).to(dtype), A.to(dtype)) * layer.scaling[name]
+                delta = F.linear(few, B.to(dtype)).to(y.dtype)
                 if whole:
                     y = y + delta
                 else:

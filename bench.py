@@ -247,7 +247,7 @@ def walked_again(folder, base, boundary):
             models[name].pipe.vae, models[name].text_encoders = None, []  # the network is what is compared
         models[name].load_adapter(name, f"{folder}/{i}")
     params = shared.train_adapter("student")
-    optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4, fused=True)
     shape, sigmas = shared.latent_shape(args.resolution), sigma_schedule(args.num_steps, shared.shift)[:-1]
     prompts = open(f"{folder}/prompts.txt").read().splitlines()
     while True:

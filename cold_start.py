@@ -114,7 +114,7 @@ else:
     model.new_adapter("student", args.rank, args.alpha, args.seed)
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
-optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last step, as in distill.py
 transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde

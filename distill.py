@@ -143,7 +143,7 @@ else:
 model.copy_adapter("student", "start")
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
-optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 # The last step is neither sampled nor learnt, as in Flow-GRPO. It starts at t < 0.01, where the noise that the model should predict is
 # all but invisible: teachers differ most there, their KL would outweigh all other steps together, and the picture hardly moves.
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]

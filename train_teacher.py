@@ -114,7 +114,7 @@ else:
     model.new_adapter("teacher", args.rank, args.alpha, args.seed)
 model.copy_adapter("teacher", "ema")
 params, ema = model.train_adapter("teacher"), list(model.weights("ema").values())
-optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)
 if rank == 0:
     print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "

@@ -133,3 +133,21 @@ def test_a_lora_that_does_not_fit_is_named(loras, tmp_path):
         save_file(change(load_file(file)), file)
         assert message in refused("sample.py", "--lora", folder, "--out", tmp_path / "out")
     assert "no such LoRA" in refused("sample.py", "--lora", tmp_path / "nothing", "--out", tmp_path / "out")
+
+
+def test_compiled_blocks_ask_the_adapters_of_the_moment(model):
+    """torch.compile (peft's own routing is silently ignored by it): blocks traced under one routing answer under the next as they should."""
+    x, t, cond = inputs(model, 4)
+    asked = [["student"] * 4, ["ocr", "base", "compose", "student"], ["compose"] * 4, ["ocr", "ocr", "compose", "compose"], ["base"] * 4]
+    with torch.no_grad():
+        plain = [model.velocity(x, t, cond, names) for names in asked]
+        for block in model.transformer.transformer_blocks:
+            block.compile(backend="eager")
+        try:
+            for names, v in zip(asked, plain):
+                assert torch.allclose(model.velocity(x, t, cond, names), v, atol=1e-4), names
+        finally:
+            for block in model.transformer.transformer_blocks:
+                block._compiled_call_impl = None
+            torch._dynamo.reset()
+    assert min((a - b).abs().max() for i, a in enumerate(plain) for b in plain[:i]) > 1e-3

@@ -278,7 +278,7 @@ def walked_again(folder, base, boundary):
 
 def floor(base):
     """The fewest FLOPs of an update of this shape."""
-    model = SD3(base, torch.float32, device)
+    model = SD3(base, getattr(torch, args.dtype), device)
     cond = model.encode(["x"])
     x = torch.randn(1, *model.latent_shape(args.resolution), device=device)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -303,7 +303,7 @@ if args.inside:
 
 with tempfile.TemporaryDirectory() as folder:
     base = random_pipeline(os.path.join(folder, "base"), *SIZES[args.model]) if args.model in SIZES else args.model
-    model = SD3(base)
+    model = SD3(base, getattr(torch, args.dtype))
     size = sum(p.numel() for p in model.transformer.parameters()) / 1e6
     random_loras(folder, model, args.teachers + 2)
     del model

@@ -197,9 +197,13 @@ def load_clip(model, tokenizer, device):
     return load(CLIPModel, model, device), load(AutoTokenizer, tokenizer)
 
 
+_tokenizing = threading.Lock()
+
+
 def tokens(tokenizer, texts, device, length=77, **options):
     """Token ids and mask of texts, padded to the longest and cut to `length`."""
-    batch = tokenizer(texts, truncation=True, max_length=length, return_tensors="pt", **{"padding": True} | options)
+    with _tokenizing:  # rewards share tokenizers, and those refuse two threads at once
+        batch = tokenizer(texts, truncation=True, max_length=length, return_tensors="pt", **{"padding": True} | options)
     return {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
 
 

@@ -1,21 +1,23 @@
 """What an update costs: runs the real distill.py or train_teacher.py, times and counts one update, and sets it beside the floor, the fewest
 operations an update of this shape can do with, and beside other recipes for the same update.
 
-    python bench.py --recipe ours two-pass released                  # a random SD3 of 110 M parameters on two CPU cores
+    python bench.py --recipe ours two-pass released                  # a random SD3 of 121 M parameters on two CPU cores
     python bench.py --script train_teacher.py                        # stage 1
     python bench.py --model sd35m-random --dtype bfloat16 --resolution 512 --num-steps 10 --guidance 4.5 --batch-size 12 \\
         --recipe ours released                                       # SD3.5-Medium's architecture on a GPU
 
-`ours` is the script itself, watched from outside. `two-pass` stores the trajectory and walks it again to learn. `released` does so too, as
-the released code does, with a float32 network of its own for every teacher, asked one after another. Each recipe runs in a process of its
-own. FLOPs are those of torch's flop counter. The floor is the student's forward and backward, its teacher's and the anchor's forward at
-every learnt step, of the bare network without LoRA (stage 1: sampling, then forward, backward and the base's forward). MFU: FLOPs over
-seconds, and over the rate of a large matrix product in the same data type, measured in the same process.
+`ours` is the script itself, watched from outside. `two-pass` stores the trajectory and walks it again to learn. `released` does so too, with a
+float32 network of its own for every teacher, asked one after another: the ways of the released code, in full precision (whose settings
+compute in half precision under autocast, and which also decodes and scores every rollout: neither is counted). Each recipe runs in a
+process of its own. FLOPs are those of torch's flop counter. The floor is the student's forward, its backward as far as the first LoRA, its
+teacher's and the anchor's forward at every learnt step, of the bare network (stage 1: sampling, then forward, backward and the base's
+forward). MFU: FLOPs done over seconds, and over the rate of a large matrix product in the same data type, measured in the same process.
 """
 
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -28,7 +30,7 @@ import threading
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import flow_sde
 import rewards
@@ -56,6 +58,10 @@ add("--inside", help=argparse.SUPPRESS)  # the folder of a recipe's own process
 args = parser.parse_args()
 if args.script != "distill.py" and args.recipe != ["ours"]:
     die("--recipe is for --script distill.py")
+if min(args.teachers, args.updates, args.batch_size, args.micro_batch_size) < 1 or args.num_steps < 2:
+    die("--teachers, --updates, --batch-size and --micro-batch-size must be at least 1, --num-steps at least 2")
+if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+    die(f"--out {args.out}: there is no such folder")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -114,6 +120,20 @@ def matrix_rate(dtype):
     return 2 * n ** 3 / best
 
 
+def free():
+    """Give the GPU's memory back: models hang in cycles, and PyTorch keeps what it once had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def most_memory():
+    """The most memory that this process has had, in GB."""
+    if os.path.exists("/proc/self/status"):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
+
+
 def synchronize():
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -137,7 +157,8 @@ class Watch:
             beside = threading.current_thread() is not threading.main_thread()
             if not self.on or self.inside and not beside:
                 return function(*a, **k)
-            self.inside |= not beside
+            if not beside:
+                self.inside = True
             synchronize()
             began = time.perf_counter()
             try:
@@ -145,7 +166,8 @@ class Watch:
             finally:
                 synchronize()
                 self.seconds[part if isinstance(part, str) else part(*a, **k)] += time.perf_counter() - began
-                self.inside &= beside
+                if not beside:
+                    self.inside = False
         setattr(owner, name, timed)
 
     def count(self, network):
@@ -183,15 +205,16 @@ def measure(run):
         synchronize()
         times.append(time.perf_counter())
         made = len(times) - 1
+        if made == 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if made == 1 + args.updates:
-            on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            figures["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else on_cpu) / 1e9
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else most_memory()
             watch.counts.clear()
             watch.on = True
         elif made == 2 + args.updates:
             watch.on = False
             figures["samples"] = dict(watch.counts)
-            watch.flops = stack.enter_context(FlopCounterMode(display=False))
+            watch.flops = stack.enter_context(counter())
         elif made == 3 + args.updates:
             figures["flops"] = watch.flops.get_total_flops()
             raise Done
@@ -276,15 +299,26 @@ def walked_again(folder, base, boundary):
         optimizer.zero_grad()
 
 
+def counter():
+    """torch's flop counter, which does not know the CPU's attention."""
+    cpu = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        cpu._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **o: sdpa_flop_count(q, k, v),
+        cpu._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **o: sdpa_backward_flop_count(g, q, k, v)})
+
+
 def floor(base):
     """The fewest FLOPs of an update of this shape."""
     model = SD3(base, getattr(torch, args.dtype), device)
     cond = model.encode(["x"])
     x = torch.randn(1, *model.latent_shape(args.resolution), device=device)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
+    with counter() as forward, torch.no_grad():
         model.velocity(x, 0.5, cond)
-    with FlopCounterMode(display=False) as both:
-        model.velocity(x.requires_grad_(), 0.5, cond).sum().backward()
+    for name, layer in model.transformer.transformer_blocks[0].named_modules():
+        if name.startswith("attn.") and name.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")):
+            layer.register_forward_hook(lambda layer, x, y: y.requires_grad_())  # where the first LoRA stands, the gradient ends
+    with counter() as both:
+        model.velocity(x, 0.5, cond).sum().backward()
     f, fb = forward.get_total_flops(), both.get_total_flops()
     learnt = args.num_steps - 1
     per_sample = learnt * (fb + 2 * f) if args.script == "distill.py" else args.num_steps * f + learnt * (fb + f)
@@ -297,6 +331,7 @@ if args.inside:
     base = os.path.join(args.inside, "base") if args.model in SIZES else args.model
     rate = matrix_rate(torch.float32 if args.recipe == ["released"] else getattr(torch, args.dtype))
     figures = {"recipe": args.recipe[0]} | measure(lambda boundary: (ours if args.recipe == ["ours"] else walked_again)(args.inside, base, boundary))
+    free()
     figures |= {"floor": floor(base), "matrix_flops_per_second": rate, "mfu": figures["flops"] / figures["seconds"] / rate}
     write_json(args.out, figures)
     os._exit(0)
@@ -307,6 +342,7 @@ with tempfile.TemporaryDirectory() as folder:
     size = sum(p.numel() for p in model.transformer.parameters()) / 1e6
     random_loras(folder, model, args.teachers + 2)
     del model
+    free()
     with open(os.path.join(folder, "prompts.txt"), "w") as f:
         f.writelines(f"a picture of {n}\n" for n in ("a red fox", "two cups", "a quiet harbour", "an old clock"))
     rows = []

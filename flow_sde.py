@@ -6,7 +6,7 @@ Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 
 Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, with dt = t - t_next. A transition is a Gaussian with a
 mean and one number `std`, and std ALWAYS includes sqrt(dt). Log-probabilities and KLs are averaged over the latent's dimensions
 ("nats per dimension", Flow-GRPO's convention: a clip range of 1e-4 means nothing without it). t, t_next and std are Python
-floats: all samples of a batch are at the same step, and nothing in the loop waits for a GPU.
+floats: all samples of a batch are at the same step, and no formula waits for a GPU.
 """
 
 import argparse
@@ -122,7 +122,13 @@ def generators(seed, step, indices):
 
 def randn(gens, shape, device):
     """Noise of shape (len(gens), *shape), float32, one sample from each generator."""
-    return torch.stack([torch.randn(shape, generator=g) for g in gens]).to(device)
+    return to_device(torch.stack([torch.randn(shape, generator=g) for g in gens]), device)
+
+
+def to_device(values, device):
+    """Numbers as a tensor on the device, sent from pinned memory: the CPU does not wait for what the GPU has yet to do."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else values
 
 
 # ======================================================================================================================
@@ -221,8 +227,9 @@ class SD3:
         if not guided:
             return v
         v_cond, v_uncond = v[:len(x)], v[len(x):]
-        g = torch.tensor([scales[i] for i in guided], device=x.device).view(-1, 1, 1, 1)
-        index = torch.tensor(guided, device=x.device)
+        if len(guided) == len(x) and len(set(scales)) == 1:
+            return v_uncond + scales[0] * (v_cond - v_uncond)
+        g, index = to_device([scales[i] for i in guided], x.device).view(-1, 1, 1, 1), to_device(guided, x.device)
         return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
 
     def _forward(self, x, t, embeds, pooled, names):
@@ -233,12 +240,13 @@ class SD3:
             for rows in ([i for i, n in enumerate(names) if n == alone], [i for i, n in enumerate(names) if n != alone]):
                 v[rows] = self._forward(x[rows], t, embeds[rows], pooled[rows], [names[i] for i in rows])
             return v
+        assert set(names) <= {"base", *self.full, *(self.peft.peft_config if self.peft else ())}, names
         counts = Counter(names)
         order = sorted(range(len(names)), key=lambda i: list(counts).index(names[i]))
         ends = itertools.accumulate(counts.values())
         routes = [(n, slice(end - counts[n], end)) for n, end in zip(counts, ends) if n != "base" and n != alone]
         if sorted_here := order != list(range(len(names))):
-            index = torch.tensor(order, device=x.device)
+            index = to_device(order, x.device)
             x, embeds, pooled = x[index], embeds[index], pooled[index]
         before, self.routes = self.routes, routes
         try:
@@ -431,7 +439,7 @@ def read_lora(path):
     lora = {}
     for n, p in parts.items():
         rank = p["A"].shape[0]
-        pattern = next((v for k, v in (meta.get("alpha_pattern") or {}).items() if n == k or n.endswith("." + k)), None)
+        pattern = next((v for k, v in (meta.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None)  # peft's rule
         alpha = alphas.get(n, pattern if pattern is not None else meta.get("lora_alpha", rank))
         lora[n] = p["A"], p["B"], alpha * math.sqrt(rank) if meta.get("use_rslora") else alpha
     return lora, config

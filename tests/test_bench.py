@@ -36,3 +36,4 @@ def test_train_teacher(tmp_path):
 def test_refusals():
     assert "--recipe is for --script distill.py" in refused("bench.py", "--script", "train_teacher.py", "--recipe", "released")
     assert "no such folder" in refused("bench.py", "--model", "/nowhere/x")
+    assert "must be at least 1" in refused("bench.py", "--updates", 0) and "there is no such folder" in refused("bench.py", "--out", "/nowhere/x.json")

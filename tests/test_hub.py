@@ -163,3 +163,13 @@ def test_hub_ids(hub, tmp_path):
     answer = subprocess.run([*command, "--models", "lora=someone/nothing", "--out", str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True, env=env)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "someone/nothing: neither a local path nor to be had from the hub" in answer.stderr
+
+
+def test_alpha_patterns_are_regular_expressions_as_in_peft(hub, tmp_path):
+    from flow_sde import read_lora
+    shutil.copytree(hub["peft"], tmp_path / "lora")
+    file = tmp_path / "lora/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {r"transformer_blocks\.0\..*": 8, "attn.to_k": 4}}))
+    alphas = {n: alpha for n, (_, _, alpha) in read_lora(str(tmp_path / "lora"))[0].items()}
+    expected = {n: 8 if n.startswith("transformer_blocks.0.") else 4 if n.endswith("attn.to_k") else 64 for n in alphas}
+    assert alphas == expected and set(alphas.values()) == {8, 4, 64}

@@ -6,7 +6,7 @@
         --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
-`svd` the best approximation at --rank. sft: the loss is distill.py's KL; all that differs is who walks. Here each teacher walks,
+`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's KL; all that differs is who walks. Here each teacher walks,
 on its own task's prompts, so the student never learns what to do where only it would go.
 """
 
@@ -38,7 +38,8 @@ add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add("--rank", type=int, default=32, help="of the student LoRA, for sft and --method svd (paper: 32)")
 add = parser.add_argument_group("merge").add_argument
-add("--method", choices=["cat", "svd"], default="cat", help="exact, ranks add up; or the best approximation at --rank")
+add("--method", choices=["cat", "svd", "factors"], default="cat",
+    help="exact, ranks add up; the best approximation at --rank; or the mean A and the mean B, which is neither (the released code's)")
 add = parser.add_argument_group("sft").add_argument
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every teacher's prompts (.txt or .jsonl)")
 add("--init", help="LoRA to start from (default: an untrained one)")
@@ -81,6 +82,11 @@ if args.mode == "merge":
             die(f"--teachers {task}: its shapes are not those of {next(iter(teachers))}, so they are of different models: {listing(odd)}")
     exact = merge_loras(loras)
     merged = truncate_lora(exact, args.rank) if args.method == "svd" else exact
+    if args.method == "factors":  # 1/K^2 of each product B A, and cross terms of one teacher's B with another's A
+        if odd := [n for n in exact if len({(n in lora, *(lora[n][0].shape, lora[n][2]) * (n in lora)) for lora, _ in loras}) > 1]:
+            die(f"--method factors: these LoRAs differ in layers, rank or alpha, so their factors have no average: {listing(odd)}")
+        mean = lambda n, k: sum(w * lora[n][k] for lora, w in loras) / sum(w for _, w in loras)
+        merged = {n: (mean(n, 0), mean(n, 1), loras[0][0][n][2]) for n in exact}
     delta = lambda lora, n: lora[n][2] / len(lora[n][0]) * lora[n][1].double() @ lora[n][0].double()
     error = math.sqrt(sum((delta(merged, n) - delta(exact, n)).square().sum().item() for n in exact))
     size = math.sqrt(sum(delta(exact, n).square().sum().item() for n in exact))

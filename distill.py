@@ -57,6 +57,8 @@ add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
+add("--weighting", choices=["kl", "uniform"], default="kl", help="of the steps' velocity distances: the KL's w(t), or its mean for all (kl only)")
+add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, evenly spread up to the last and least noisy; 0: all")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--group-size", type=int, default=1, help="trajectories per prompt (one is enough: no advantage to estimate)")
@@ -74,8 +76,8 @@ add("--no-t5", action="store_true", help="leave out the T5 text encoder, the lar
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
-add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts for the table at the end")
-add("--reward", nargs="+", metavar="NAME", help="rewards of the table at the end (never used in training)")
+add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="held-out prompts for the table at the end; with none given, no table")
+add("--reward", nargs="*", metavar="NAME", help="rewards of the table at the end (never used in training)")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--eval-every", type=int, default=50, help="updates between curves and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
@@ -110,6 +112,10 @@ if bool(args.reward) != bool(args.eval_prompts):
     die("--reward and --eval-prompts make the table at the end together: give both or neither")
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
+if not 0 <= args.label_steps < args.num_steps:
+    die(f"--label-steps {args.label_steps}: must lie in 0..{args.num_steps - 1}, one less than --num-steps")
+if args.weighting == "uniform" and args.objective != "kl":
+    die(f"--weighting uniform: weighs the steps' distances, which --objective {args.objective} does not descend")
 if args.objective != "kl" and args.sde == "ode":
     die(f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
 if args.schedule == "alternate" and any(s["weight"] != int(s["weight"]) for s in teachers.values()):
@@ -149,6 +155,11 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]
 transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
+count = args.label_steps or transitions
+labelled = sorted(sigmas[transitions - 1 - i * transitions // count] for i in range(count))[::-1]
+moves = [transition(0.0, 1.0, t, sigmas[sigmas.index(t) + 1], args.noise_level, kl_sde) for t in labelled]
+w = [mean ** 2 / (2 * std ** 2) for mean, std in moves]  # the KL of a step is w(t) mean (v - v_teacher)^2
+balance = [sum(w) / count / wt if args.weighting == "uniform" else 1.0 for wt in w]
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
@@ -183,7 +194,7 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * transitions * dimensions)
+    reduce_gradients(params, world * samples * len(labelled) * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -222,7 +233,7 @@ for step in progress:
     chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
-    kl_by_task = torch.zeros(len(teachers), transitions, device=device)  # sums, for the log
+    kl_by_task = torch.zeros(len(teachers), len(labelled), device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -238,10 +249,13 @@ for step in progress:
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
         def student(x, t):
-            with torch.set_grad_enabled(args.objective == "kl"):
+            with torch.set_grad_enabled(args.objective == "kl" and t in labelled):
                 return model.velocity(x, t, cond, "student", args.guidance)
 
-        for k, (x, v, t, t_next, x_next, old) in enumerate(rollout(student, draw(), sigmas, args.noise_level, args.sde, draw)):
+        for x, v, t, t_next, x_next, old in rollout(student, draw(), sigmas, args.noise_level, args.sde, draw):
+            if t not in labelled:
+                continue
+            k = labelled.index(t)
             # label: the teacher's and the anchor's whole velocity at the state visited
             v_teacher, v_anchor = label(x, t, cond, tasks)
             to_teacher, to_anchor = divergence(x, v, v_teacher, v_anchor, t, t_next)                    # (B,), (B,)
@@ -249,7 +263,7 @@ for step in progress:
             # neither the trajectory nor a second student forward is needed
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() * dimensions).backward()
+                (loss.sum() * balance[k] * dimensions).backward()
             else:
                 # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
                 # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
@@ -282,7 +296,7 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * transitions
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(labelled)
     reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
@@ -297,7 +311,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = (kl_by_task.sum(0) / counts.sum() * transitions).tolist()
+        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, labelled), (kl_by_task.sum(0) / counts.sum() * len(labelled)).tolist()))
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:

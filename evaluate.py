@@ -23,6 +23,7 @@ import re
 import threading
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes,
@@ -42,7 +43,7 @@ add("--model", help="diffusers folder or hub id of the base; without it, the emb
 add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="the rows, LoRAs or full fine-tunes; `base` is the bare model")
 add("--folders", nargs="+", metavar="NAME=DIR", help="instead of models: pictures in DIR/TASK (or DIR), numbered from 0 in the prompts' order")
 add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt or .jsonl)")
-add("--samples-per-prompt", type=int, default=1, help="pictures of each prompt (GenEval: 4)")
+add("--samples-per-prompt", type=int, default=1, help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
 add("--reward", nargs="+", metavar="NAME[@TASK]", help="the columns; one called like a task, or tied to one, scores that task only")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
@@ -239,6 +240,15 @@ accelerator.wait_for_everyone()
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------------
+def diversity(name, task):
+    """How much the pictures of one prompt differ: the mean over its pairs of the root mean square difference of pixels (in [0, 1], of
+    pictures reduced to 64 x 64). -> (number of prompts,) float64"""
+    small = torch.cat([F.interpolate(read_picture(f)[None], (64, 64), mode="area") for f in files[name, task]]).double().flatten(1)
+    groups = small.view(-1, args.samples_per_prompt, small.shape[1])
+    i, j = torch.triu_indices(args.samples_per_prompt, args.samples_per_prompt, 1)
+    return (groups[:, i] - groups[:, j]).square().mean(-1).sqrt().mean(1)
+
+
 def summary(name):
     """A model's row of results.json. A reward with a score missing has no mean. GenEval's is the mean of its tags' means, as its authors have it."""
     row = {"model": name, "n": sum(map(len, prompts.values())), "scores": {}, "stderr": {}, "tasks": {}, "tags": {}, "missing": {}}
@@ -264,6 +274,10 @@ def summary(name):
                 means, errors = zip(*row["tags"][reward].values())
                 row["scores"][reward] = sum(means) / len(means)
                 row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors) if None not in errors else None
+    if args.samples_per_prompt > 1:
+        apart = {task: diversity(name, task) for task in prompts}
+        row["scores"]["diversity"], row["stderr"]["diversity"] = mean_error(torch.cat(list(apart.values())))
+        row["tasks"]["diversity"] = {task: mean_error(values) for task, values in apart.items()}
     if all(reward in row["scores"] for reward in PAPER):
         row["scores"]["average"] = sum(row["scores"][reward] for reward in PAPER) / len(PAPER)
     return row
@@ -273,7 +287,7 @@ if rank == 0:
     results = [summary(name) for name in names]
     tables = [markdown(results)]
     for kind in ("tasks", "tags"):
-        for reward in rewards:
+        for reward in dict.fromkeys(k for r in results for k in r[kind]):
             parts = [{"model": r["model"]} | dict(zip(("scores", "stderr"), ({k: v[i] for k, v in r[kind][reward].items()} for i in (0, 1))))
                      for r in results if len(r[kind].get(reward, ())) > 1]
             if parts:

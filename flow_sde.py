@@ -571,7 +571,7 @@ def parse_args(parser, toy):
         parser.set_defaults(**{k: place(v) for k, v in toy.items()})
     args = parser.parse_args()
     for action in parser._actions:
-        value, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window") else 0
+        value, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
         if action.type in (int, float) and value is not None and not value >= least:
             die(f"{action.option_strings[0]} {value}: must be at least {least}")
     if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
@@ -593,7 +593,7 @@ class Help(argparse.HelpFormatter):
         return {int: "N", float: "X"}.get(action.type, "PATH")
 
     def _format_args(self, action, metavar):
-        return f"{action.metavar or metavar} ..." if action.nargs == "+" else super()._format_args(action, metavar)
+        return f"{action.metavar or metavar} ..." if action.nargs in ("+", "*") else super()._format_args(action, metavar)
 
 
 def parse_specs(flag, specs, **options):

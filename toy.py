@@ -1,7 +1,7 @@
 """The toy world: a whole text-to-image world small enough for two CPU cores, and a real SD3 pipeline trained on it.
 
     python toy.py                 # draw the world, score clean and damaged pictures of it      (seconds)
-    python toy.py prompts         # write toy/prompts/{compose,ocr,scene}_{train,val,test}.txt   (seconds)
+    python toy.py prompts         # write toy/prompts/{compose,ocr,scene}_{train,val,test}.txt and new_*.txt   (seconds)
     python toy.py train           # train toy/base, a 6 MB StableDiffusion3Pipeline, from nothing (50 minutes, 2 cores)
 
 Pictures are 32x32. There are three tasks, each with prompts, a renderer and a program that scores pictures:
@@ -76,6 +76,17 @@ def split_prompts(task, test=256, val=128, train=512):
     prompts = all_prompts(task)
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
     return {"test": prompts[:test], "val": prompts[test:test + val], "train": prompts[test + val:test + val + train]}
+
+
+def new_prompts(count=96):
+    """{"compose", "ocr", "both"}: prompts of kinds that nobody was trained on, the base included: three sorts of shapes, signs of one
+    letter, and a sign in a scene, which asks for two tasks' skills at once (short enough for the text encoders' 12 tokens)."""
+    kinds = [tuple(zip(c, s)) for c in itertools.permutations(COLORS, 3) for s in itertools.product(SHAPES, repeat=3)]
+    pairs = ["".join(w) for w in itertools.product(GLYPHS, repeat=2)]
+    every = {"compose": [" ".join(phrase("one", *k) for k in three) for three in kinds],
+             "ocr": [f'a {board} sign saying "{letter}"' for board in BOARDS for letter in GLYPHS],
+             "both": [f'a {board} sign saying "{w}" at {sky}' for board in BOARDS for w in pairs for sky in SKIES]}
+    return {name: [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:count]] for name, prompts in every.items()}
 
 
 def parse(prompt):
@@ -451,3 +462,6 @@ if __name__ == "__main__":
             for split, prompts in split_prompts(task).items():
                 with open(os.path.join(args.out, f"{task}_{split}.txt"), "w") as f:
                     f.write("\n".join(prompts) + "\n")
+        for name, prompts in new_prompts().items():
+            with open(os.path.join(args.out, f"new_{name}.txt"), "w") as f:
+                f.write("\n".join(prompts) + "\n")

@@ -25,26 +25,32 @@ def gradients(monkeypatch):
     return record
 
 
-def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow"):
+def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow", labelled=None, uniform=False):
     """The gradient of the first update as the paper describes it: roll the student out and store the trajectory, then walk it again
     with gradient; one sample and one adapter at a time."""
     args, model, params = run["args"], run["model"], run["params"]
     sigmas, batch = sigma_schedule(args.num_steps, 3.0)[:-1], pick_prompts(run["prompts"], dict.fromkeys(TASKS, 1.0), args.seed, 0, args.batch_size)
-    total = torch.zeros(sum(p.numel() for p in params))
+    total, one = torch.zeros(sum(p.numel() for p in params)), torch.ones(1, 1)
+    labelled = range(len(sigmas) - 1) if labelled is None else labelled
+    w = {sigmas[k]: 1.0 for k in labelled}
+    if uniform:  # every step's distance weighs what the mean step's does
+        moved = [[transition(one, v, sigmas[k], sigmas[k + 1], 0.7) for v in (one, 2 * one)] for k in labelled]
+        terms = [kl(a, b, std).item() for (a, std), (b, _) in moved]
+        w = {sigmas[k]: sum(terms) / len(terms) / term for k, term in zip(labelled, terms)}
     for i, (task, row) in enumerate(batch):
         cond, gens = model.encode([row["prompt"]]), generators(args.seed, 0, [i])
         draw = lambda: randn(gens, model.latent_shape(32), "cpu")
         with torch.no_grad():
             steps = list(rollout(lambda x, t: model.velocity(x, t, cond, "student"), draw(), sigmas, 0.7, sde, draw))
-        for s in steps:
+        for s in [s for s in steps if s.t in w]:
             mean, std = transition(s.x, model.velocity(s.x, s.t, cond, "student"), s.t, s.t_next, 0.7)
             loss = 0.0
             for name, weight in ((teacher_of(task), teacher_weight), ("anchor", anchor_weight)):
                 with torch.no_grad():
                     other, _ = transition(s.x, model.velocity(s.x, s.t, cond, name), s.t, s.t_next, 0.7)
-                loss = loss + weight * kl(mean, other, std).sum()
+                loss = loss + w[s.t] * weight * kl(mean, other, std).sum()
             total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
-    return total / (args.batch_size * (args.num_steps - 1))
+    return total / (args.batch_size * len(w))
 
 
 def distance(a, b):
@@ -58,6 +64,20 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras,
     assert distance(gradient, two_pass(run, swapped.get)) > 0.1
     run, (gradient,) = gradients(loras, tmp_path / "b", sde="ode")
     assert distance(gradient, two_pass(run, sde="ode")) < 1e-4
+
+
+def test_labelled_steps_and_uniform_weights(loras, tmp_path, gradients):
+    """With 6 sampling steps there are 5 to learn from: two of them are the third and the last; one is the last."""
+    for k, (flags, kind) in enumerate([({"label_steps": 2}, {"labelled": [2, 4]}), ({"label_steps": 1}, {"labelled": [4]}), ({"weighting": "uniform"}, {"uniform": True}),
+                                       ({"weighting": "uniform", "label_steps": 2}, {"uniform": True, "labelled": [2, 4]})]):
+        run, (gradient,) = gradients(loras, tmp_path / str(k), num_steps=6, **flags)
+        assert distance(gradient, two_pass(run, **kind)) < 1e-4, flags
+        log = read_log(tmp_path / str(k))[0]
+        assert len(log["kl_by_sigma"]) == flags.get("label_steps", 5)
+    run, (gradient,) = gradients(loras, tmp_path / "all", num_steps=6, label_steps=5)
+    assert distance(gradient, two_pass(run)) < 1e-4 < distance(gradient, two_pass(run, uniform=True))
+    distill(loras, str(tmp_path / "ppo"), objective="ppo", label_steps=1, eval_prompts=[], reward=[])
+    assert not os.path.exists(tmp_path / "ppo/results.json")
 
 
 def test_anchor_pulls_towards_the_anchor_and_the_anchor_only(loras, tmp_path, gradients):

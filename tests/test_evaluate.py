@@ -60,7 +60,7 @@ def test_means_errors_and_tasks(loras, tmp_path):
     import toy
     run("evaluate.py", *argv(loras, tmp_path, "out", 6), "--samples-per-prompt", 2)
     for row in table(tmp_path / "out"):
-        everything = []
+        everything, apart = [], []
         for task in ("compose", "ocr", "scene"):
             files = sorted((tmp_path / "out" / row["model"] / task / "samples").iterdir(), key=lambda f: f.stem[-6:])
             prompts = [p for line in open(tmp_path / f"{task}_test.txt") for p in [line.strip()] * 2]
@@ -70,10 +70,12 @@ def test_means_errors_and_tasks(loras, tmp_path):
             assert row["scores"][task] == pytest.approx(own.mean().item(), abs=1e-6) and row["n"] == 36
             assert row["stderr"][task] == pytest.approx((own.std() / 12 ** 0.5).item(), abs=1e-6)
             everything.append(toy.quality(images))
+            apart += [(images[i] - images[i + 1]).norm().item() / images[0].numel() ** 0.5 for i in range(0, 12, 2)]
             assert row["tasks"]["quality"][task][0] == pytest.approx(everything[-1].mean().item(), abs=1e-6)
             if task == "ocr":
                 assert row["scores"]["jpeg"] == pytest.approx(rewards.jpeg(images).mean().item(), abs=1e-6)
         assert row["scores"]["quality"] == pytest.approx(torch.cat(everything).mean().item(), abs=1e-6)
+        assert row["scores"]["diversity"] == pytest.approx(sum(apart) / 18, abs=1e-6) and set(row["tasks"]["diversity"]) == {"compose", "ocr", "scene"}
     assert "quality by task:" in (tmp_path / "out/results.md").read_text() and Image.open(tmp_path / "out/samples.png").width > 1000
 
 

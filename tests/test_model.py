@@ -1,5 +1,6 @@
 """The SD3 adapter against diffusers and peft, on the toy pipeline: the classes are those of SD3.5, only the sizes are small."""
 
+import json
 import os
 
 import pytest
@@ -111,6 +112,14 @@ def test_merge_is_the_exact_weighted_sum_of_deltas(loras, tmp_path):
         assert (delta(low, n) - delta(exact, n)).norm().item() == pytest.approx(best.item(), rel=1e-3)
     run("cold_start.py", "merge", "--method", "svd", "--rank", "3", "--out", tmp_path / "svd", "--teachers", f"a={loras['compose']}", f"b={loras['ocr']}")
     assert all(len(A) == 3 for A, _, _ in read_lora(str(tmp_path / "svd/lora"))[0].values())
+    # the average of the factors, and how far that is from the average of the deltas
+    run("cold_start.py", "merge", "--method", "factors", "--out", tmp_path / "mean", "--teachers", f"a={loras['compose']},weight=3", f"b={loras['ocr']}")
+    mean = read_lora(str(tmp_path / "mean/lora"))[0]
+    for n in a:
+        assert all(torch.allclose(mean[n][k], 0.75 * a[n][k] + 0.25 * b[n][k], atol=1e-6) for k in (0, 1)) and mean[n][2] == a[n][2]
+    square = lambda difference: sum(difference(n).square().sum().item() for n in a)
+    error = (square(lambda n: delta(mean, n) - delta(exact, n)) / square(lambda n: delta(exact, n))) ** 0.5
+    assert json.load(open(tmp_path / "mean/results.json"))["relative_error"] == pytest.approx(error, rel=1e-3) and error > 0.1
 
 
 def test_a_lora_that_does_not_fit_is_named(loras, tmp_path):

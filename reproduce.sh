@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# The paper's experiments in miniature, from the shipped base to results/: every number of README's section of that name. Plain commands of
+# this repository's scripts, two at a time, one thread each. What is done already is skipped, and what was killed goes on where it was.
+#     bash reproduce.sh          # two CPU cores; runs and pictures go to out/reproduce, tables and figures to results
+set -euo pipefail
+cd "$(dirname "$0")"
+export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647  # memory is kept, not given back after every layer
+R=out/reproduce
+ALL="compose ocr scene"
+SEEDS=${SEEDS:-0 1 2}
+started=""
+mkdir -p $R && rm -f $R/failed
+
+fail() { echo "$1 failed, see $R/$1.log"; exit 1; }
+pause() { sleep 1; if [ -e $R/failed ]; then fail $(cat $R/failed); fi; }
+run() {  # run NAME COMMAND...: in the background, two at a time
+    local name=$1; shift
+    if [ -e $R/$name.done ] || [[ " $started " == *" $name "* ]]; then return; fi
+    started+=" $name"
+    while (( $(jobs -rp | wc -l) >= 2 )); do pause; done
+    echo "$(date +%H:%M) $name"
+    { "$@" --out $R/$name --resume auto > $R/$name.log 2>&1 && touch $R/$name.done || echo $name > $R/failed; } &
+}
+need() { for name; do while [ ! -e $R/$name.done ]; do pause; done; done; }        # wait until these runs are done
+files() { for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
+twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, gets twice the prompts
+loras() { for name; do echo $name=$R/$name/lora; done; }
+teachers() { for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
+
+grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
+    --batch-size 8 --lr 3e-3 --eval-every 4 --save-every 4 --keep 100; }
+distill() { echo python distill.py --teachers $(teachers "$1" ${2:-}) --prompts $(files "$1" train) --eval-prompts --reward \
+    --batch-size 32 --micro-batch-size 32 --ema 0.5 --eval-every 1000 --save-every 4 --keep 100; }
+evaluate() {  # evaluate FOLDER FLAGS...: with both cores
+    local out=$1; shift
+    torchrun --nproc_per_node=2 evaluate.py --out $R/$out "$@" > $R/$out.log 2>&1 || fail $out
+    echo "$(date +%H:%M) evaluated: $out"
+}
+
+# -- stage 1: teachers; a rollout is 8 prompts x 16 pictures ----------------------------------------------------------------------
+run compose-0 $(grpo compose) --steps 24
+run ocr-0 $(grpo ocr) --steps 16
+run scene-0 $(grpo scene) --steps 12
+run quality-0 $(grpo "$ALL") --reward toy.quality --eval-every 8 --steps 8        # MAR's anchor: one reward on everybody's prompts
+
+for s in $SEEDS; do
+    # GRPO on three and on two rewards, with as many rollouts as their teachers together
+    run mix-$s $(grpo "$ALL") --eval-every 13 --steps 52 --seed $s
+    run stack2-$s $(grpo "compose ocr") --eval-every 10 --steps 40 --seed $s
+    run compose-$s $(grpo compose) --steps 24 --seed $s
+    need compose-0 ocr-0 scene-0 quality-0
+
+    # stage 2: cold starts
+    run merge python cold_start.py merge --teachers $(teachers "$ALL")
+    run sft-$s python cold_start.py sft --teachers $(teachers "$ALL") --prompts $(files "$ALL" train) \
+        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 32 --seed $s
+    need merge
+
+    # stage 3: Flow-OPD with every anchor and from every start, and GRPO-Mix from the cold starts
+    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 32 --seed $s
+    run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 32 --seed $s
+    run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 32 --seed $s
+    run opd-strong-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --anchor-weight 0.2 --steps 32 --seed $s
+    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 32 --seed $s
+    run mix-merge-$s $(grpo "$ALL") --init $R/merge/lora --eval-every 6 --steps 12 --seed $s
+    need sft-$s
+    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 32 --seed $s
+    run mix-sft-$s $(grpo "$ALL") --init $R/sft-$s/lora --eval-every 6 --steps 12 --seed $s
+done
+
+# -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
+each() { for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
+SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
+need $(each mix stack2 compose sft opd-{merge,noanchor,baseanchor,strong,none,sft} mix-{merge,sft} | sed 's/=.*//')
+evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras ocr-0 scene-0 quality-0 merge) \
+    $(each compose stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-noanchor opd-baseanchor opd-merge opd-strong)
+evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
+    $(each mix opd-noanchor opd-baseanchor opd-merge opd-strong)
+new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
+evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
+evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
+
+# -- what the paper does not have: one change at a time, to 16 updates from the merge without an anchor; on validation prompts ------------
+run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
+run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
+need merge-svd merge-factors
+for s in $SEEDS; do
+    plain="--init $R/merge/lora --anchor none --steps 16 --seed $s"
+    run try-kl-$s $(distill "$ALL") $plain
+    run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1
+    run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1
+    run try-uniform-$s $(distill "$ALL") $plain --weighting uniform
+    run try-ode-$s $(distill "$ALL") $plain --sde ode
+    run try-cps-$s $(distill "$ALL") $plain --sde cps
+    run try-half-$s $(distill "$ALL") $plain --label-steps 4
+    run try-one-$s $(distill "$ALL") $plain --label-steps 1
+    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 40
+    run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
+    run try-two-teachers-$s $(distill "compose ocr") $plain --init merge
+    run try-one-teacher-$s $(distill compose) $plain --init merge
+    run try-guided-$s $(distill "$ALL" ,guidance=1.5) $plain
+    run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
+    run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
+done
+tries=$(each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
+need $(echo "$tries" | sed 's/=.*//')
+evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors) \
+    $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) $tries \
+    $(for u in 04 08 16 24 32; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
+python results/tables.py

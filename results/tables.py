@@ -1,0 +1,138 @@
+"""What reproduce.sh measured, as tables and figures: reads out/reproduce, writes results/tables.md, tables.json, curves.png, samples.png.
+
+    python results/tables.py
+
+An arm that was trained with several seeds has their mean ± its standard error over the seeds; an arm with one run has the standard error
+over its prompts. "average" is of the three routed tasks; quality, which no prompt is routed by, stands beside it.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from flow_sde import die, load_prompts, save_grid, write, write_json  # noqa: E402
+from rewards import markdown, read_picture  # noqa: E402
+
+RUNS = os.path.join(os.path.dirname(HERE), "out", "reproduce")
+TASKS = ("compose", "ocr", "scene")
+STARTS = {"none": "none", "sft": "SFT", "merge": "merge"}
+
+
+def read(evaluation):
+    """An evaluation's rows by arm: {"mix": [row of seed 0, of seed 1, ...], "base": [row]}, each with its average."""
+    path = os.path.join(RUNS, evaluation, "results.json")
+    arms = {}
+    for row in json.load(open(path)) if os.path.exists(path) else die(f"{path} is missing: bash reproduce.sh makes it"):
+        if all(t in row["scores"] for t in TASKS):
+            row["scores"] = {**{t: row["scores"][t] for t in TASKS}, "average": sum(row["scores"][t] for t in TASKS) / 3, **row["scores"]}
+            row["stderr"]["average"] = math.sqrt(sum(row["stderr"][t] ** 2 for t in TASKS)) / 3
+        arms.setdefault(re.sub(r"-\d+$", "", row["model"]), []).append(row)
+    return arms
+
+
+def summary(rows, label):
+    """The rows of an arm as one: over seeds if there are several, else over prompts."""
+    k, out = len(rows), {"model": label, "runs": len(rows), "scores": {}, "stderr": {}}
+    for name in rows[0]["scores"]:
+        values = [r["scores"][name] for r in rows]
+        mean = out["scores"][name] = sum(values) / k
+        out["stderr"][name] = math.sqrt(sum((v - mean) ** 2 for v in values) / (k - 1) / k) if k > 1 else rows[0]["stderr"].get(name)
+    return out
+
+
+def table(title, evaluation, arms, drop=()):
+    """Adds a table of {label: arm} to the page."""
+    found = read(evaluation)
+    rows = [summary(found[arm], label) for label, arm in arms.items() if arm in found]
+    for row in rows:
+        row["scores"] = {k: v for k, v in row["scores"].items() if k not in drop}
+    tables[title] = rows
+    single = ", ".join(r["model"] for r in rows if r["runs"] == 1)
+    several = max(r["runs"] for r in rows)
+    page.append(f"### {title}\n\n{markdown(rows)}\n\n{several} seeds" + (f"; one run: {single}" if single and several > 1 else ""))
+    return {arm: summary(found[arm], label) for label, arm in arms.items() if arm in found}
+
+
+def difference(a, b, name):
+    """How far arm a is above arm b, as text."""
+    gap, error = a["scores"][name] - b["scores"][name], math.hypot(a["stderr"][name], b["stderr"][name])
+    return f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f} standard errors)"
+
+
+def log(run, key):
+    """[(step, value)] of a run's log."""
+    rows = [json.loads(line) for line in open(os.path.join(RUNS, run, "log.jsonl"))]
+    return [(r["step"], r[key]) for r in rows if key in r]
+
+
+page, tables = [], {}
+teachers = {f"{t} (GRPO teacher)": f"{t}" for t in TASKS}
+table("(a) Reward stacking", "test", {"base": "base", "GRPO: compose": "compose", "GRPO: compose, ocr": "stack2", "GRPO: compose, ocr, scene": "mix"})
+main = table("(b) The main table", "test", {
+    "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality", "GRPO-Mix": "mix", "SFT, cold start alone": "sft",
+    "merge, cold start alone": "merge", "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge"})
+page.append("Flow-OPD (merge) above GRPO-Mix, average of the three tasks: " + difference(main["opd-merge"], main["mix"], "average") +
+            ".\n\nFlow-OPD (merge) above each teacher on its own task: " +
+            "; ".join(f"{t} {difference(main['opd-merge'], main[t], t)}" for t in TASKS) + ".")
+table("(c) Cold start: GRPO-Mix (16 more rollouts) and Flow-OPD (40 updates) from none, SFT and merge", "test", {
+    **{f"{label}, nothing after": {"none": "base"}.get(s, s) for s, label in STARTS.items()},
+    **{f"{label}, then GRPO-Mix": f"mix-{s}" for s, label in STARTS.items()}, **{f"{label}, then Flow-OPD": f"opd-{s}" for s, label in STARTS.items()}})
+table("(d) MAR: quality of all prompts, and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
+    "base": "base", "the anchor": "quality", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD without MAR": "opd-noanchor",
+    "MAR, anchor: base": "opd-baseanchor", "MAR, anchor: quality teacher": "opd-merge", "the same, lambda 0.2": "opd-strong"})
+everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
+table("(e) Generalisation: prompts of kinds that nobody saw, three sorts of shapes (compose) and one letter (ocr)", "new", everyone)
+table("(e) Generalisation: two skills at once, a sign in a scene", "both", everyone)
+table("(f) One change at a time: 16 updates from the merge, without anchor (validation prompts)", "val", {
+    "the start: merge": "merge", "as it is: kl, w(t), flow-SDE, every step labelled, mixed, three teachers": "try-kl",
+    "--objective ppo": "try-ppo", "--objective ppo-paper": "try-ppo-paper", "--weighting uniform": "try-uniform", "--sde ode": "try-ode",
+    "--sde cps": "try-cps", "--label-steps 4 (half)": "try-half", "--label-steps 1": "try-one",
+    "--label-steps 1 --weighting uniform (DanceOPD)": "try-one-uniform", "the same, 48 updates": "try-one-long",
+    "--schedule alternate": "try-alternate", "teachers guided by 1.5, student by 1": "try-guided",
+    "two teachers (compose, ocr)": "try-two-teachers", "one teacher (compose)": "try-one-teacher",
+    "start: merge --method svd": "merge-svd", "from it": "try-svd", "start: merge --method factors": "merge-factors", "from it ": "try-factors"})
+seconds = {arm: log(f"{arm}-0", "seconds") for arm in ("try-kl", "try-ppo", "try-half", "try-one", "try-ode", "opd-merge", "mix", "sft")}
+page.append("Seconds of one thread: an update of " + ", ".join(f"{arm} {sum(v for _, v in s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
+write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
+write_json(os.path.join(HERE, "tables.json"), tables)
+print("\n\n".join(page))
+
+# -- curves: KL against updates, and validation scores against pictures sampled, teachers dashed ------------------------------------
+import matplotlib  # noqa: E402
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+figure, axes = plt.subplots(1, 4, figsize=(16, 3.4))
+for k, t in enumerate(TASKS):
+    for s, style in (("none", ":"), ("sft", "--"), ("merge", "-")):
+        axes[0].plot(*zip(*log(f"opd-{s}-0", f"kl/{t}")), style, color=f"C{k}", label=f"{t}, from {s}", linewidth=1)
+axes[0].set(title="KL to the teacher", xlabel="update", yscale="log")
+axes[0].legend(fontsize=6)
+curve, val = read("curve"), read("val")
+for t, axis in zip(TASKS, axes[1:]):
+    points = [(32 * int(arm[3:]), rows[0]["scores"][t]) for arm, rows in curve.items() if arm.startswith("opd")]
+    axis.plot(*zip(*sorted([(0, val["merge"][0]["scores"][t])] + points)), "o-", markersize=3, label="Flow-OPD from merge")
+    axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(128 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
+    axis.axhline(val[t][0]["scores"][t], linestyle="--", color="grey", label="its teacher")
+    axis.set(title=f"{t} (validation)", xlabel="pictures sampled")
+axes[1].legend(fontsize=7)
+for axis in axes:
+    axis.grid(alpha=0.3)
+figure.tight_layout()
+figure.savefig(os.path.join(HERE, "curves.png"), dpi=90)
+
+# -- the same prompts and noise for everyone --------------------------------------------------------------------------------------
+grid, captions = {}, []
+for label, model in {"base": "base", **{f"teacher {t}": f"{t}-0" for t in TASKS}, "GRPO-Mix": "mix-0", "merge": "merge", "Flow-OPD": "opd-merge-0"}.items():
+    pictures = []
+    for t in TASKS:
+        folder = os.path.join(RUNS, "test", model, t, "samples")
+        pictures += [read_picture(os.path.join(folder, f)) for f in sorted(os.listdir(folder), key=lambda f: int(f[-10:-4]))[:4]]
+    grid[label] = pictures
+for t in TASKS:
+    captions += [row["prompt"] for row in load_prompts(t, os.path.join(os.path.dirname(HERE), f"toy/prompts/{t}_test.txt"))[:4]]
+save_grid(os.path.join(HERE, "samples.png"), grid, captions)
+print("\nresults/tables.md, tables.json, curves.png, samples.png")

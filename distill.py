@@ -156,10 +156,12 @@ sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]
 transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 count = args.label_steps or transitions
-labelled = sorted(sigmas[transitions - 1 - i * transitions // count] for i in range(count))[::-1]
-moves = [transition(0.0, 1.0, t, sigmas[sigmas.index(t) + 1], args.noise_level, kl_sde) for t in labelled]
-w = [mean ** 2 / (2 * std ** 2) for mean, std in moves]  # the KL of a step is w(t) mean (v - v_teacher)^2
-balance = [sum(w) / count / wt if args.weighting == "uniform" else 1.0 for wt in w]
+labelled = [(i + 1) * transitions // count - 1 for i in range(count)]  # evenly spread, the last among them
+w = {}  # w(t) of the labelled steps: the KL is w(t) mean (v - v_teacher)^2
+for t, t_next in (sigmas[k:k + 2] for k in labelled):
+    mean, std = transition(0.0, 1.0, t, t_next, args.noise_level, kl_sde)
+    w[t] = mean ** 2 / (2 * std ** 2)
+balance = {t: sum(w.values()) / count / wt if args.weighting == "uniform" else 1.0 for t, wt in w.items()}
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
@@ -194,7 +196,7 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * len(labelled) * dimensions)
+    reduce_gradients(params, world * samples * len(w) * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -233,7 +235,7 @@ for step in progress:
     chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
-    kl_by_task = torch.zeros(len(teachers), len(labelled), device=device)  # sums, for the log
+    kl_by_task = torch.zeros(len(teachers), len(w), device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -249,13 +251,12 @@ for step in progress:
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
         def student(x, t):
-            with torch.set_grad_enabled(args.objective == "kl" and t in labelled):
+            with torch.set_grad_enabled(args.objective == "kl" and t in w):
                 return model.velocity(x, t, cond, "student", args.guidance)
 
         for x, v, t, t_next, x_next, old in rollout(student, draw(), sigmas, args.noise_level, args.sde, draw):
-            if t not in labelled:
+            if t not in w:
                 continue
-            k = labelled.index(t)
             # label: the teacher's and the anchor's whole velocity at the state visited
             v_teacher, v_anchor = label(x, t, cond, tasks)
             to_teacher, to_anchor = divergence(x, v, v_teacher, v_anchor, t, t_next)                    # (B,), (B,)
@@ -263,14 +264,14 @@ for step in progress:
             # neither the trajectory nor a second student forward is needed
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() * balance[k] * dimensions).backward()
+                (loss.sum() * balance[t] * dimensions).backward()
             else:
                 # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
                 # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
-            kl_by_task[:, k].index_add_(0, index, to_teacher.detach())
+            kl_by_task[:, list(w).index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
 
     if stopping := stop.arrived(device):  # any process was told to leave: all give up the update in hand
@@ -296,7 +297,7 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(labelled)
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(w)
     reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
@@ -311,7 +312,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, labelled), (kl_by_task.sum(0) / counts.sum() * len(labelled)).tolist()))
+        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, w), (kl_by_task.sum(0) / counts.sum() * len(w)).tolist()))
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:

@@ -67,9 +67,9 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras,
 
 
 def test_labelled_steps_and_uniform_weights(loras, tmp_path, gradients):
-    """With 6 sampling steps there are 5 to learn from: two of them are the third and the last; one is the last."""
-    for k, (flags, kind) in enumerate([({"label_steps": 2}, {"labelled": [2, 4]}), ({"label_steps": 1}, {"labelled": [4]}), ({"weighting": "uniform"}, {"uniform": True}),
-                                       ({"weighting": "uniform", "label_steps": 2}, {"uniform": True, "labelled": [2, 4]})]):
+    """With 6 sampling steps there are 5 to learn from: two of them are the second and the last; one is the last."""
+    for k, (flags, kind) in enumerate([({"label_steps": 2}, {"labelled": [1, 4]}), ({"label_steps": 1}, {"labelled": [4]}), ({"weighting": "uniform"}, {"uniform": True}),
+                                       ({"weighting": "uniform", "label_steps": 2}, {"uniform": True, "labelled": [1, 4]})]):
         run, (gradient,) = gradients(loras, tmp_path / str(k), num_steps=6, **flags)
         assert distance(gradient, two_pass(run, **kind)) < 1e-4, flags
         log = read_log(tmp_path / str(k))[0]

@@ -12,7 +12,7 @@ started=""
 mkdir -p $R && rm -f $R/failed
 
 fail() { echo "$1 failed, see $R/$1.log"; exit 1; }
-pause() { sleep 1; if [ -e $R/failed ]; then fail $(cat $R/failed); fi; }
+pause() { sleep 0.2; if [ -e $R/failed ]; then fail $(cat $R/failed); fi; }
 run() {  # run NAME COMMAND...: in the background, two at a time
     local name=$1; shift
     if [ -e $R/$name.done ] || [[ " $started " == *" $name "* ]]; then return; fi
@@ -21,11 +21,11 @@ run() {  # run NAME COMMAND...: in the background, two at a time
     echo "$(date +%H:%M) $name"
     { "$@" --out $R/$name --resume auto > $R/$name.log 2>&1 && touch $R/$name.done || echo $name > $R/failed; } &
 }
-need() { for name; do while [ ! -e $R/$name.done ]; do pause; done; done; }        # wait until these runs are done
-files() { for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
+need() { local name; for name; do while [ ! -e $R/$name.done ]; do pause; done; done; }        # wait until these runs are done
+files() { local t; for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
 twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, gets twice the prompts
-loras() { for name; do echo $name=$R/$name/lora; done; }
-teachers() { for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
+loras() { local name; for name; do echo $name=$R/$name/lora; done; }
+teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
 
 grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
     --batch-size 8 --lr 3e-3 --eval-every 4 --save-every 4 --keep 100; }
@@ -69,7 +69,7 @@ for s in $SEEDS; do
 done
 
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
-each() { for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
+each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
 need $(each mix stack2 compose sft opd-{merge,noanchor,baseanchor,strong,none,sft} mix-{merge,sft} | sed 's/=.*//')
 evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras ocr-0 scene-0 quality-0 merge) \

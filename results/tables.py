@@ -19,7 +19,6 @@ from rewards import markdown, read_picture  # noqa: E402
 
 RUNS = os.path.join(os.path.dirname(HERE), "out", "reproduce")
 TASKS = ("compose", "ocr", "scene")
-STARTS = {"none": "none", "sft": "SFT", "merge": "merge"}
 
 
 def read(evaluation):
@@ -30,7 +29,7 @@ def read(evaluation):
         if all(t in row["scores"] for t in TASKS):
             row["scores"] = {**{t: row["scores"][t] for t in TASKS}, "average": sum(row["scores"][t] for t in TASKS) / 3, **row["scores"]}
             row["stderr"]["average"] = math.sqrt(sum(row["stderr"][t] ** 2 for t in TASKS)) / 3
-        arms.setdefault(re.sub(r"-\d+$", "", row["model"]), []).append(row)
+        arms.setdefault(row["model"] if row["model"].startswith("opd-after") else re.sub(r"-\d+$", "", row["model"]), []).append(row)
     return arms
 
 
@@ -78,25 +77,29 @@ main = table("(b) The main table", "test", {
 page.append("Flow-OPD (merge) above GRPO-Mix, average of the three tasks: " + difference(main["opd-merge"], main["mix"], "average") +
             ".\n\nFlow-OPD (merge) above each teacher on its own task: " +
             "; ".join(f"{t} {difference(main['opd-merge'], main[t], t)}" for t in TASKS) + ".")
-table("(c) Cold start: GRPO-Mix (16 more rollouts) and Flow-OPD (40 updates) from none, SFT and merge", "test", {
-    **{f"{label}, nothing after": {"none": "base"}.get(s, s) for s, label in STARTS.items()},
-    **{f"{label}, then GRPO-Mix": f"mix-{s}" for s, label in STARTS.items()}, **{f"{label}, then Flow-OPD": f"opd-{s}" for s, label in STARTS.items()}})
-table("(d) MAR: quality of all prompts, and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
-    "base": "base", "the anchor": "quality", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD without MAR": "opd-noanchor",
-    "MAR, anchor: base": "opd-baseanchor", "MAR, anchor: quality teacher": "opd-merge", "the same, lambda 0.2": "opd-strong"})
+table("(c) Cold starts alone, and GRPO-Mix and Flow-OPD from them", "test", {
+    "no cold start": "base", "no cold start, GRPO-Mix (52 rollouts)": "mix", "no cold start, Flow-OPD": "opd-none",
+    "SFT": "sft", "SFT, then GRPO-Mix (12 rollouts)": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
+    "merge": "merge", "merge, then GRPO-Mix (12 rollouts)": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
+table("(d) MAR: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
+    "base": "base", "the anchor": "quality", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
+    "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-merge", "the same, λ = 0.2": "opd-strong"})
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
-table("(e) Generalisation: prompts of kinds that nobody saw, three sorts of shapes (compose) and one letter (ocr)", "new", everyone)
-table("(e) Generalisation: two skills at once, a sign in a scene", "both", everyone)
-table("(f) One change at a time: 16 updates from the merge, without anchor (validation prompts)", "val", {
-    "the start: merge": "merge", "as it is: kl, w(t), flow-SDE, every step labelled, mixed, three teachers": "try-kl",
-    "--objective ppo": "try-ppo", "--objective ppo-paper": "try-ppo-paper", "--weighting uniform": "try-uniform", "--sde ode": "try-ode",
-    "--sde cps": "try-cps", "--label-steps 4 (half)": "try-half", "--label-steps 1": "try-one",
-    "--label-steps 1 --weighting uniform (DanceOPD)": "try-one-uniform", "the same, 48 updates": "try-one-long",
-    "--schedule alternate": "try-alternate", "teachers guided by 1.5, student by 1": "try-guided",
-    "two teachers (compose, ocr)": "try-two-teachers", "one teacher (compose)": "try-one-teacher",
-    "start: merge --method svd": "merge-svd", "from it": "try-svd", "start: merge --method factors": "merge-factors", "from it ": "try-factors"})
-seconds = {arm: log(f"{arm}-0", "seconds") for arm in ("try-kl", "try-ppo", "try-half", "try-one", "try-ode", "opd-merge", "mix", "sft")}
-page.append("Seconds of one thread: an update of " + ", ".join(f"{arm} {sum(v for _, v in s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
+table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
+table("(e) Two skills at once: a sign in a scene", "both", everyone)
+table("(f) One change at a time, 16 updates from the merge without an anchor (validation prompts)", "val", {
+    "merge, the start": "merge", "**the default**": "try-kl", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
+    "`--weighting uniform`": "try-uniform", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
+    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 40 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
+    "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
+    "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from there": "try-svd",
+    "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"})
+val = read("val")
+page.append("The teachers on their own tasks, without guidance and guided by 1.5: " + "; ".join(
+    f"{t} {val[t][0]['scores'][t]:.3f}, {val[f'{t}-guided'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
+seconds = {arm: [v for _, v in log(f"{arm}-0", "seconds")] for arm in
+           ("opd-merge", "try-kl", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
+page.append("Seconds of one update (mix: a rollout), one thread of two: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
 write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
 write_json(os.path.join(HERE, "tables.json"), tables)
 print("\n\n".join(page))
@@ -111,9 +114,8 @@ for k, t in enumerate(TASKS):
         axes[0].plot(*zip(*log(f"opd-{s}-0", f"kl/{t}")), style, color=f"C{k}", label=f"{t}, from {s}", linewidth=1)
 axes[0].set(title="KL to the teacher", xlabel="update", yscale="log")
 axes[0].legend(fontsize=6)
-curve, val = read("curve"), read("val")
 for t, axis in zip(TASKS, axes[1:]):
-    points = [(32 * int(arm[3:]), rows[0]["scores"][t]) for arm, rows in curve.items() if arm.startswith("opd")]
+    points = [(32 * int(arm[10:]), rows[0]["scores"][t]) for arm, rows in val.items() if arm.startswith("opd-after")]
     axis.plot(*zip(*sorted([(0, val["merge"][0]["scores"][t])] + points)), "o-", markersize=3, label="Flow-OPD from merge")
     axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(128 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
     axis.axhline(val[t][0]["scores"][t], linestyle="--", color="grey", label="its teacher")

@@ -28,7 +28,7 @@ loras() { local name; for name; do echo $name=$R/$name/lora; done; }
 teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
 
 grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
-    --batch-size 8 --lr 3e-3 --eval-every 4 --save-every 4 --keep 100; }
+    --save-every 4 --eval-every 4; }
 distill() { echo python distill.py --teachers $(teachers "$1" ${2:-}) --prompts $(files "$1" train) --eval-prompts --reward \
     --batch-size 32 --micro-batch-size 32 --ema 0.5 --eval-every 1000 --save-every 4 --keep 100; }
 evaluate() {  # evaluate FOLDER FLAGS...: with both cores
@@ -37,55 +37,54 @@ evaluate() {  # evaluate FOLDER FLAGS...: with both cores
     echo "$(date +%H:%M) evaluated: $out"
 }
 
-# -- stage 1: teachers; a rollout is 8 prompts x 16 pictures ----------------------------------------------------------------------
-run compose-0 $(grpo compose) --steps 24
-run ocr-0 $(grpo ocr) --steps 16
-run scene-0 $(grpo scene) --steps 12
-run quality-0 $(grpo "$ALL") --reward toy.quality --eval-every 8 --steps 8        # MAR's anchor: one reward on everybody's prompts
+# -- stage 1: teachers. A rollout is 16 prompts x 16 pictures and 4 updates for the hard task and what it takes part in; half of both otherwise
+small="--batch-size 8 --updates-per-rollout 2 --lr 3e-3"
+large="--batch-size 16 --updates-per-rollout 4 --lr 2e-3"
+run compose-0 $(grpo compose) $large --steps 32
+run ocr-0 $(grpo ocr) $small --steps 16
+run scene-0 $(grpo scene) $small --steps 12
+run quality-0 $(grpo "$ALL") $small --reward toy.quality --eval-every 8 --steps 8     # MAR's anchor: one reward on everybody's prompts
 
 for s in $SEEDS; do
-    # GRPO on three and on two rewards, with as many rollouts as their teachers together
-    run mix-$s $(grpo "$ALL") --eval-every 13 --steps 52 --seed $s
-    run stack2-$s $(grpo "compose ocr") --eval-every 10 --steps 40 --seed $s
-    run compose-$s $(grpo compose) --steps 24 --seed $s
+    # GRPO on three, two and one of the rewards, with as many pictures and updates as their teachers together
+    run mix-$s $(grpo "$ALL") $large --eval-every 23 --steps 46 --seed $s
+    run stack2-$s $(grpo "ocr scene") $small --eval-every 7 --steps 28 --seed $s
+    run ocr-$s $(grpo ocr) $small --steps 16 --seed $s
     need compose-0 ocr-0 scene-0 quality-0
 
     # stage 2: cold starts
     run merge python cold_start.py merge --teachers $(teachers "$ALL")
     run sft-$s python cold_start.py sft --teachers $(teachers "$ALL") --prompts $(files "$ALL" train) \
-        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 32 --seed $s
+        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s
     need merge
 
     # stage 3: Flow-OPD with every anchor and from every start, and GRPO-Mix from the cold starts
-    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 32 --seed $s
-    run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 32 --seed $s
-    run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 32 --seed $s
-    run opd-strong-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --anchor-weight 0.2 --steps 32 --seed $s
-    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 32 --seed $s
-    run mix-merge-$s $(grpo "$ALL") --init $R/merge/lora --eval-every 6 --steps 12 --seed $s
+    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 24 --seed $s
+    run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 24 --seed $s
+    run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 24 --seed $s
+    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 24 --seed $s
+    run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 4 --seed $s
     need sft-$s
-    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 32 --seed $s
-    run mix-sft-$s $(grpo "$ALL") --init $R/sft-$s/lora --eval-every 6 --steps 12 --seed $s
+    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 24 --seed $s
+    run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 4 --seed $s
 done
 
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 compose sft opd-{merge,noanchor,baseanchor,strong,none,sft} mix-{merge,sft} | sed 's/=.*//')
-evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras ocr-0 scene-0 quality-0 merge) \
-    $(each compose stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-noanchor opd-baseanchor opd-merge opd-strong)
-evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
-    $(each mix opd-noanchor opd-baseanchor opd-merge opd-strong)
+need $(each mix stack2 ocr sft opd-{merge,noanchor,baseanchor,none,sft} mix-{merge,sft} | sed 's/=.*//')
+evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
+    $(each ocr stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-merge)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 
-# -- what the paper does not have: one change at a time, to 16 updates from the merge without an anchor; on validation prompts ------------
+# -- what the paper does not have: one change at a time, to 12 updates from the merge without an anchor; on validation prompts ------------
 run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
 run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
 need merge-svd merge-factors
 for s in $SEEDS; do
-    plain="--init $R/merge/lora --anchor none --steps 16 --seed $s"
+    plain="--init $R/merge/lora --anchor none --steps 12 --seed $s"
     run try-kl-$s $(distill "$ALL") $plain
     run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1
     run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1
@@ -94,17 +93,20 @@ for s in $SEEDS; do
     run try-cps-$s $(distill "$ALL") $plain --sde cps
     run try-half-$s $(distill "$ALL") $plain --label-steps 4
     run try-one-$s $(distill "$ALL") $plain --label-steps 1
-    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 40
+    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 28
     run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
     run try-two-teachers-$s $(distill "compose ocr") $plain --init merge
     run try-one-teacher-$s $(distill compose) $plain --init merge
     run try-guided-$s $(distill "$ALL" ,guidance=1.5) $plain
     run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
     run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
+    run opd-strong-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --anchor-weight 0.2 --steps 24 --seed $s
 done
 tries=$(each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
-need $(echo "$tries" | sed 's/=.*//')
+need $(echo "$tries" | sed 's/=.*//') $(each opd-strong | sed 's/=.*//')
 evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors) \
     $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) $tries \
-    $(for u in 04 08 16 24 32; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
+    $(for u in 04 08 16 24; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
+evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
+    $(each mix opd-noanchor opd-baseanchor opd-merge opd-strong)
 python results/tables.py

@@ -22,14 +22,15 @@ TASKS = ("compose", "ocr", "scene")
 
 
 def read(evaluation):
-    """An evaluation's rows by arm: {"mix": [row of seed 0, of seed 1, ...], "base": [row]}, each with its average."""
+    """An evaluation's rows, each with its average, by arm and by run: {"mix": [row of seed 0, of seed 1, ...], "mix-0": [row], "base": [row]}."""
     path = os.path.join(RUNS, evaluation, "results.json")
     arms = {}
     for row in json.load(open(path)) if os.path.exists(path) else die(f"{path} is missing: bash reproduce.sh makes it"):
         if all(t in row["scores"] for t in TASKS):
             row["scores"] = {**{t: row["scores"][t] for t in TASKS}, "average": sum(row["scores"][t] for t in TASKS) / 3, **row["scores"]}
             row["stderr"]["average"] = math.sqrt(sum(row["stderr"][t] ** 2 for t in TASKS)) / 3
-        arms.setdefault(row["model"] if row["model"].startswith("opd-after") else re.sub(r"-\d+$", "", row["model"]), []).append(row)
+        for arm in {row["model"], re.sub(r"-\d+$", "", row["model"])}:
+            arms.setdefault(arm, []).append(row)
     return arms
 
 
@@ -69,34 +70,34 @@ def log(run, key):
 
 
 page, tables = [], {}
-teachers = {f"{t} (GRPO teacher)": f"{t}" for t in TASKS}
-table("(a) Reward stacking", "test", {"base": "base", "GRPO: compose": "compose", "GRPO: compose, ocr": "stack2", "GRPO: compose, ocr, scene": "mix"})
+teachers = {f"{t} (GRPO teacher)": f"{t}-0" for t in TASKS}
+table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRPO on ocr, scene": "stack2", "GRPO on ocr, scene, compose (GRPO-Mix)": "mix"})
 main = table("(b) The main table", "test", {
-    "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality", "GRPO-Mix": "mix", "SFT, cold start alone": "sft",
-    "merge, cold start alone": "merge", "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge"})
-page.append("Flow-OPD (merge) above GRPO-Mix, average of the three tasks: " + difference(main["opd-merge"], main["mix"], "average") +
-            ".\n\nFlow-OPD (merge) above each teacher on its own task: " +
-            "; ".join(f"{t} {difference(main['opd-merge'], main[t], t)}" for t in TASKS) + ".")
+    "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
+    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge"})
+page.append("Flow-OPD (merge) less GRPO-Mix, average of the three tasks: " + difference(main["opd-merge"], main["mix"], "average") +
+            ".\n\nFlow-OPD (merge) less the teacher, on its own task: " +
+            "; ".join(f"{t} {difference(main['opd-merge'], main[f'{t}-0'], t)}" for t in TASKS) + ".")
 table("(c) Cold starts alone, and GRPO-Mix and Flow-OPD from them", "test", {
-    "no cold start": "base", "no cold start, GRPO-Mix (52 rollouts)": "mix", "no cold start, Flow-OPD": "opd-none",
-    "SFT": "sft", "SFT, then GRPO-Mix (12 rollouts)": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
-    "merge": "merge", "merge, then GRPO-Mix (12 rollouts)": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
+    "no cold start": "base", "no cold start, GRPO-Mix (46 rollouts)": "mix", "no cold start, Flow-OPD": "opd-none",
+    "SFT": "sft", "SFT, then GRPO-Mix (4 rollouts)": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
+    "merge": "merge", "merge, then GRPO-Mix (4 rollouts)": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
 table("(d) MAR: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
-    "base": "base", "the anchor": "quality", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
+    "base": "base", "the anchor": "quality-0", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
     "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-merge", "the same, λ = 0.2": "opd-strong"})
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
-table("(f) One change at a time, 16 updates from the merge without an anchor (validation prompts)", "val", {
+table("(f) One change at a time, 12 updates from the merge without an anchor (validation prompts)", "val", {
     "merge, the start": "merge", "**the default**": "try-kl", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
     "`--weighting uniform`": "try-uniform", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
-    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 40 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
+    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 28 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
     "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
     "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from there": "try-svd",
     "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"})
 val = read("val")
 page.append("The teachers on their own tasks, without guidance and guided by 1.5: " + "; ".join(
-    f"{t} {val[t][0]['scores'][t]:.3f}, {val[f'{t}-guided'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
+    f"{t} {val[f'{t}-0'][0]['scores'][t]:.3f}, {val[f'{t}-guided-0'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
 seconds = {arm: [v for _, v in log(f"{arm}-0", "seconds")] for arm in
            ("opd-merge", "try-kl", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
 page.append("Seconds of one update (mix: a rollout), one thread of two: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
@@ -117,8 +118,8 @@ axes[0].legend(fontsize=6)
 for t, axis in zip(TASKS, axes[1:]):
     points = [(32 * int(arm[10:]), rows[0]["scores"][t]) for arm, rows in val.items() if arm.startswith("opd-after")]
     axis.plot(*zip(*sorted([(0, val["merge"][0]["scores"][t])] + points)), "o-", markersize=3, label="Flow-OPD from merge")
-    axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(128 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
-    axis.axhline(val[t][0]["scores"][t], linestyle="--", color="grey", label="its teacher")
+    axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(256 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
+    axis.axhline(val[f"{t}-0"][0]["scores"][t], linestyle="--", color="grey", label="its teacher")
     axis.set(title=f"{t} (validation)", xlabel="pictures sampled")
 axes[1].legend(fontsize=7)
 for axis in axes:

@@ -86,8 +86,8 @@ need merge-svd merge-factors
 for s in $SEEDS; do
     plain="--init $R/merge/lora --anchor none --steps 12 --seed $s"
     run try-kl-$s $(distill "$ALL") $plain
-    run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1
-    run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1
+    run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1 --lr 5e-4
+    run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1 --lr 5e-4
     run try-uniform-$s $(distill "$ALL") $plain --weighting uniform
     run try-ode-$s $(distill "$ALL") $plain --sde ode
     run try-cps-$s $(distill "$ALL") $plain --sde cps

@@ -79,12 +79,12 @@ new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 qualit
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 
-# -- what the paper does not have: one change at a time, to 12 updates from the merge without an anchor; on validation prompts ------------
+# -- what the paper does not have: one change at a time, to 8 updates from the merge without an anchor; on validation prompts ------------
 run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
 run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
 need merge-svd merge-factors
 for s in $SEEDS; do
-    plain="--init $R/merge/lora --anchor none --steps 12 --seed $s"
+    plain="--init $R/merge/lora --anchor none --steps 8 --seed $s"
     run try-kl-$s $(distill "$ALL") $plain
     run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1 --lr 5e-4
     run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1 --lr 5e-4
@@ -93,20 +93,19 @@ for s in $SEEDS; do
     run try-cps-$s $(distill "$ALL") $plain --sde cps
     run try-half-$s $(distill "$ALL") $plain --label-steps 4
     run try-one-$s $(distill "$ALL") $plain --label-steps 1
-    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 28
+    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 20
     run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
     run try-two-teachers-$s $(distill "compose ocr") $plain --init merge
     run try-one-teacher-$s $(distill compose) $plain --init merge
     run try-guided-$s $(distill "$ALL" ,guidance=1.5) $plain
     run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
     run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
-    run opd-strong-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --anchor-weight 0.2 --steps 24 --seed $s
 done
 tries=$(each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
-need $(echo "$tries" | sed 's/=.*//') $(each opd-strong | sed 's/=.*//')
+need $(echo "$tries" | sed 's/=.*//')
 evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors) \
     $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) $tries \
     $(for u in 04 08 16 24; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
 evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
-    $(each mix opd-noanchor opd-baseanchor opd-merge opd-strong)
+    $(each mix opd-noanchor opd-baseanchor opd-merge)
 python results/tables.py

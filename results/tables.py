@@ -84,14 +84,14 @@ table("(c) Cold starts alone, and GRPO-Mix and Flow-OPD from them", "test", {
     "merge": "merge", "merge, then GRPO-Mix (4 rollouts)": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
 table("(d) MAR: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
     "base": "base", "the anchor": "quality-0", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
-    "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-merge", "the same, λ = 0.2": "opd-strong"})
+    "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-merge"})
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
-table("(f) One change at a time, 12 updates from the merge without an anchor (validation prompts)", "val", {
+table("(f) One change at a time, 8 updates from the merge without an anchor (validation prompts)", "val", {
     "merge, the start": "merge", "**the default**": "try-kl", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
     "`--weighting uniform`": "try-uniform", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
-    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 28 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
+    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 20 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
     "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
     "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from there": "try-svd",
     "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"})

@@ -68,14 +68,10 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras,
 
 def test_labelled_steps_and_uniform_weights(loras, tmp_path, gradients):
     """With 6 sampling steps there are 5 to learn from: two of them are the second and the last; one is the last."""
-    for k, (flags, kind) in enumerate([({"label_steps": 2}, {"labelled": [1, 4]}), ({"label_steps": 1}, {"labelled": [4]}), ({"weighting": "uniform"}, {"uniform": True}),
-                                       ({"weighting": "uniform", "label_steps": 2}, {"uniform": True, "labelled": [1, 4]})]):
-        run, (gradient,) = gradients(loras, tmp_path / str(k), num_steps=6, **flags)
-        assert distance(gradient, two_pass(run, **kind)) < 1e-4, flags
-        log = read_log(tmp_path / str(k))[0]
-        assert len(log["kl_by_sigma"]) == flags.get("label_steps", 5)
-    run, (gradient,) = gradients(loras, tmp_path / "all", num_steps=6, label_steps=5)
-    assert distance(gradient, two_pass(run)) < 1e-4 < distance(gradient, two_pass(run, uniform=True))
+    for flags, kind in ({"label_steps": 1}, {"labelled": [4]}), ({"label_steps": 2, "weighting": "uniform"}, {"labelled": [1, 4], "uniform": True}):
+        run, (gradient,) = gradients(loras, tmp_path / str(len(flags)), num_steps=6, **flags)
+        assert distance(gradient, two_pass(run, **kind)) < 1e-4 < distance(gradient, two_pass(run)), flags
+        assert len(read_log(tmp_path / str(len(flags)))[0]["kl_by_sigma"]) == flags["label_steps"]
     distill(loras, str(tmp_path / "ppo"), objective="ppo", label_steps=1, eval_prompts=[], reward=[])
     assert not os.path.exists(tmp_path / "ppo/results.json")
 

@@ -8,6 +8,7 @@ export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD
 R=out/reproduce
 ALL="compose ocr scene"
 SEEDS=${SEEDS:-0 1 2}
+TRIES=${TRIES:-0}  # seeds of what the defaults are chosen by: one, since its arms are compared prompt by prompt
 started=""
 mkdir -p $R && rm -f $R/failed
 
@@ -59,13 +60,13 @@ for s in $SEEDS; do
     need merge
 
     # stage 3: Flow-OPD with every anchor and from every start, and GRPO-Mix from the cold starts
-    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 24 --seed $s
+    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 40 --seed $s
     run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 24 --seed $s
     run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 24 --seed $s
-    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 24 --seed $s
+    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 40 --seed $s
     run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 4 --seed $s
     need sft-$s
-    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 24 --seed $s
+    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 40 --seed $s
     run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 4 --seed $s
 done
 
@@ -83,7 +84,7 @@ evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene t
 run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
 run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
 need merge-svd merge-factors
-for s in $SEEDS; do
+for s in $TRIES; do
     plain="--init $R/merge/lora --anchor none --steps 8 --seed $s"
     run try-kl-$s $(distill "$ALL") $plain
     run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1 --lr 5e-4
@@ -101,11 +102,12 @@ for s in $SEEDS; do
     run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
     run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
 done
-tries=$(each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
+tries=$(SEEDS=$TRIES each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
 need $(echo "$tries" | sed 's/=.*//')
 evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors) \
     $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) $tries \
-    $(for u in 04 08 16 24; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
+    $(for u in 08 16 24 32 40; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
 evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
-    $(each mix opd-noanchor opd-baseanchor opd-merge)
+    $(each mix opd-noanchor opd-baseanchor) \
+    $(for s in $SEEDS; do echo opd-anchor-$s=$R/opd-merge-$s/checkpoints/000024/lora; done)
 python results/tables.py

@@ -1,4 +1,5 @@
-"""What reproduce.sh measured, as tables and figures: reads out/reproduce, writes results/tables.md, tables.json, curves.png, samples.png.
+"""What reproduce.sh measured, as tables and figures: reads out/reproduce, writes results/tables.md, tables.json, curves.png, samples.png, and
+the tables of README.md.
 
     python results/tables.py
 
@@ -90,10 +91,11 @@ teachers = {f"{t} (GRPO teacher)": f"{t}-0" for t in TASKS}
 table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRPO on ocr, scene": "stack2", "GRPO on ocr, scene, compose (GRPO-Mix)": "mix"})
 main = table("(b) The main table", "test", {
     "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
-    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge"})
-page.append("Flow-OPD (merge) less GRPO-Mix, average of the three tasks: " + difference(main["opd-merge"], main["mix"], "average") +
-            ".\n\nFlow-OPD (merge) less the teacher, on its own task: " +
-            "; ".join(f"{t} {difference(main['opd-merge'], main[f'{t}-0'], t)}" for t in TASKS) + ".")
+    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge", "Flow-OPD from merge, 120 updates": "opd-long"})
+for arm in [a for a in ("opd-merge", "opd-long") if a in main]:
+    page.append(f"Flow-OPD from merge, {40 if arm == 'opd-merge' else 120} updates, less GRPO-Mix, average of the three tasks: " +
+                difference(main[arm], main["mix"], "average") + "; less the teacher on its own task: " +
+                ", ".join(f"{t} {difference(main[arm], main[f'{t}-0'], t)}" for t in TASKS) + ".")
 table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD (40 updates)", "test", {
     "no cold start": "base", "no cold start, GRPO-Mix (46 rollouts)": "mix", "no cold start, Flow-OPD": "opd-none",
     "SFT": "sft", "SFT, then GRPO-Mix (4 rollouts)": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
@@ -119,6 +121,9 @@ seconds = {arm: [v for _, v in log(f"{arm}-0", "seconds")] for arm in
 page.append("Seconds of one update (mix: a rollout), one thread of two: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
 write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
 write_json(os.path.join(HERE, "tables.json"), tables)
+readme = os.path.join(os.path.dirname(HERE), "README.md")
+before, mark, rest = open(readme).read().partition("<!-- results/tables.py writes from here -->\n")
+write(readme, before + mark + "\n" + "\n\n".join(page) + "\n\n" + rest[rest.index("<!-- to here -->"):])
 print("\n\n".join(page))
 
 # -- curves: KL against updates, and validation scores against pictures sampled, teachers dashed ------------------------------------

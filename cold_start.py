@@ -83,7 +83,7 @@ if args.mode == "merge":
     exact = merge_loras(loras)
     merged = truncate_lora(exact, args.rank) if args.method == "svd" else exact
     if args.method == "factors":  # 1/K^2 of each product B A, and cross terms of one teacher's B with another's A
-        if odd := [n for n in exact if len({(n in lora, *(lora[n][0].shape, lora[n][2]) * (n in lora)) for lora, _ in loras}) > 1]:
+        if odd := [n for n in exact if len({(len(lora[n][0]), lora[n][2]) if n in lora else None for lora, _ in loras}) > 1]:
             die(f"--method factors: these LoRAs differ in layers, rank or alpha, so their factors have no average: {listing(odd)}")
         mean = lambda n, k: sum(w * lora[n][k] for lora, w in loras) / sum(w for _, w in loras)
         merged = {n: (mean(n, 0), mean(n, 1), loras[0][0][n][2]) for n in exact}

@@ -64,7 +64,7 @@ for s in $SEEDS; do
     run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 24 --seed $s
     run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 24 --seed $s
     run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 40 --seed $s
-    run opd-long-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 120 --seed $s
+    run opd-uniform-$s $(distill "$ALL") --weighting uniform --init $R/merge/lora --anchor $R/quality-0/lora --steps 40 --seed $s
     run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 4 --seed $s
     need sft-$s
     run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 40 --seed $s
@@ -74,10 +74,10 @@ done
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 ocr sft opd-{merge,noanchor,baseanchor,none,sft,long} mix-{merge,sft} | sed 's/=.*//')
+need $(each mix stack2 ocr sft opd-{merge,noanchor,baseanchor,none,sft,uniform} mix-{merge,sft} | sed 's/=.*//')
 evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
-    $(each ocr stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-merge opd-long)
-new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge opd-long)"
+    $(each ocr stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-merge opd-uniform)
+new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 

@@ -55,9 +55,8 @@ def table(title, evaluation, arms, default=None):
         run = found[arms[row["model"]]][0]["model"]
         row["scores"]["over the default"], row["stderr"]["over the default"] = paired(evaluation, run, default)
     tables[title] = rows
-    single = ", ".join(r["model"] for r in rows if r["runs"] == 1)
-    several = max(r["runs"] for r in rows)
-    page.append(f"### {title}\n\n{markdown(rows)}\n\n{several} seeds" + (f"; one run: {single}" if single and several > 1 else ""))
+    seeds = ", ".join(f"{r['model']} {r['runs']}" for r in rows if r["runs"] > 1)
+    page.append(f"### {title}\n\n{markdown(rows)}" + (f"\n\nSeeds: {seeds}; the others are one run." if seeds else "\n\nOne run each."))
     return {arm: summary(found[arm], label) for label, arm in arms.items() if arm in found}
 
 
@@ -91,9 +90,9 @@ teachers = {f"{t} (GRPO teacher)": f"{t}-0" for t in TASKS}
 table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRPO on ocr, scene": "stack2", "GRPO on ocr, scene, compose (GRPO-Mix)": "mix"})
 main = table("(b) The main table", "test", {
     "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
-    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge", "Flow-OPD from merge, 120 updates": "opd-long"})
-for arm in [a for a in ("opd-merge", "opd-long") if a in main]:
-    page.append(f"Flow-OPD from merge, {40 if arm == 'opd-merge' else 120} updates, less GRPO-Mix, average of the three tasks: " +
+    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge", "Flow-OPD from merge, `--weighting uniform`": "opd-uniform"})
+for arm in [a for a in ("opd-merge", "opd-uniform") if a in main]:
+    page.append(f"{main[arm]['model']}, less GRPO-Mix, average of the three tasks: " +
                 difference(main[arm], main["mix"], "average") + "; less the teacher on its own task: " +
                 ", ".join(f"{t} {difference(main[arm], main[f'{t}-0'], t)}" for t in TASKS) + ".")
 table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD (40 updates)", "test", {

@@ -55,6 +55,10 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance of stu
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
+# Why these defaults, from the toy (README, "The paper in miniature", f). Objective: in 8 updates kl takes the merge most of the way to its
+# teachers, ppo a little, ppo-paper nowhere. Schedule: mixed batches beat whole updates in turn. Labels: fewer steps learn less per update. Start:
+# the exact merge beats SFT, SVD and averaged factors. Sampler: the flow-SDE's states teach like the ODE's, and better than CPS's. Weighting
+# is the paper's; uniform learnt faster on the toy (README says how much) and is worth trying first where w(t) stalls.
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
 add("--weighting", choices=["kl", "uniform"], default="kl", help="of the steps' velocity distances: the KL's w(t), or its mean for all (kl only)")

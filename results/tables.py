@@ -7,6 +7,7 @@ An arm that was trained with several seeds has their mean ± its standard error 
 over its prompts. "average" is of the three routed tasks; quality, which no prompt is routed by, stands beside it.
 """
 
+import glob
 import json
 import math
 import os
@@ -66,7 +67,7 @@ def paired(evaluation, run, other):
     for t in TASKS:
         values = []
         for name in (run, other):
-            rows = [json.loads(line) for line in open(os.path.join(RUNS, evaluation, name, t, "scores.jsonl"))]
+            rows = [json.loads(line) for file in glob.glob(os.path.join(RUNS, evaluation, name, t, "scores*.jsonl")) for line in open(file) if line.strip()]
             values.append({r["picture"]: r["score"] for r in rows if r["reward"].split()[0] == f"toy.{t}"})
         gaps = torch.tensor([values[0][i] - values[1][i] for i in values[0]], dtype=torch.float64)
         mean, square = mean + gaps.mean().item() / 3, square + (gaps.var() / len(gaps)).item() / 9
@@ -105,7 +106,7 @@ table("(d) MAR, 24 updates: quality on all prompts and diversity within a prompt
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
-table("(f) One change at a time, 8 updates from the merge without an anchor (validation prompts)", "val", {
+table("(f) One change at a time, 8 updates from the merge without an anchor (validation prompts; the last column is paired by prompt and noise)", "val", {
     "merge, the start": "merge", "**the default**": "try-kl", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
     "`--weighting uniform`": "try-uniform", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
     "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 20 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
@@ -136,7 +137,7 @@ for k, t in enumerate(TASKS):
 axes[0].set(title="KL to the teacher", xlabel="update", yscale="log")
 axes[0].legend(fontsize=6)
 for t, axis in zip(TASKS, axes[1:]):
-    points = [(32 * int(arm[10:]), rows[0]["scores"][t]) for arm, rows in val.items() if arm.startswith("opd-after")]
+    points = [(32 * int(arm[10:]), rows[0]["scores"][t]) for arm, rows in val.items() if arm.startswith("opd-after-")]
     axis.plot(*zip(*sorted([(0, val["merge"][0]["scores"][t])] + points)), "o-", markersize=3, label="Flow-OPD from merge")
     axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(256 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
     axis.axhline(val[f"{t}-0"][0]["scores"][t], linestyle="--", color="grey", label="its teacher")

@@ -20,7 +20,7 @@ run() {  # run NAME COMMAND...: in the background, two at a time
     started+=" $name"
     while (( $(jobs -rp | wc -l) >= 2 )); do pause; done
     echo "$(date +%H:%M) $name"
-    { "$@" --out $R/$name --resume auto > $R/$name.log 2>&1 && touch $R/$name.done || echo $name > $R/failed; } &
+    { "$@" --out $R/$name --resume auto > $R/$name.log 2>&1 && ! grep -q "stopped (--resume" $R/$name.log && touch $R/$name.done || echo $name > $R/failed; } &
 }
 need() { local name; for name; do while [ ! -e $R/$name.done ]; do pause; done; done; }        # wait until these runs are done
 files() { local t; for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }

@@ -6,8 +6,8 @@
         --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
-`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's KL; all that differs is who walks. Here each teacher walks,
-on its own task's prompts, so the student never learns what to do where only it would go.
+`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's; all that
+differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to do where only it would go.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, die, end_processes, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
                       plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, transition, truncate_lora, update_average, write_json)
+                      save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition, truncate_lora, update_average,
+                      write_json)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
@@ -49,6 +50,7 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance of stu
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
+add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the steps' velocity distances, as in distill.py")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--micro-batch-size", type=int, default=1, help="samples per forward")
 add("--steps", type=int, default=1000, help="updates")
@@ -124,6 +126,7 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last step, as in distill.py
 transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde
+scale = step_weights(zip(sigmas, sigmas[1:]), args.noise_level, kl_sde, args.weighting)
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
@@ -157,7 +160,7 @@ for step in progress:
             mean_teacher, std = transition(x, v_teacher, t, t_next, args.noise_level, kl_sde)
             v = model.velocity(x, t, cond, "student", args.guidance)
             loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)      # (B,)
-            (loss.sum() * x[0].numel()).backward()
+            (loss.sum() * scale[t] * x[0].numel()).backward()
             kl_sum += loss.detach().sum()
     if stopping := stop.arrived(device):  # the update in hand is given up
         break

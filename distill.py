@@ -8,6 +8,9 @@ teachers are LoRA adapters on one frozen base, so memory hardly grows with their
         --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval,guidance=1 ocr=jieliu/SD3.5M-FlowGRPO-Text \\
         --prompts geneval=geneval.jsonl ocr=ocr.txt --init out/merge/lora --anchor base
 
+A step's KL is w(t) times the squared distance of the two velocities. The paper's loss is the KL (`--weighting kl`); by default all steps'
+distances weigh alike, since the KL comes mostly from the last step and the earlier ones, which decide what is drawn, hardly learn.
+
 Objectives. `kl` (default) differentiates the closed-form KL. `ppo` is the clipped policy gradient with the action-dependent
 reward log pi_teacher(a|s) - log pi_student(a|s), whose expected gradient is the same, with more noise. `ppo-paper` is the
 policy gradient with the paper's reward, the detached closed-form -KL: credited to its own step it depends on the state
@@ -26,8 +29,8 @@ from tqdm import tqdm
 
 from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
                       parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
-                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average,
-                      write_json)
+                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition,
+                      update_average, write_json)
 from rewards import check_rewards, evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
@@ -61,7 +64,7 @@ add = parser.add_argument_group("learning").add_argument
 # is the paper's; uniform learnt faster on the toy (README says how much) and is worth trying first where w(t) stalls.
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
-add("--weighting", choices=["kl", "uniform"], default="kl", help="of the steps' velocity distances: the KL's w(t), or its mean for all (kl only)")
+add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the steps' velocity distances: the KL's own w(t), as in the paper, or alike")
 add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, evenly spread up to the last and least noisy; 0: all")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
@@ -118,8 +121,6 @@ if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
 if not 0 <= args.label_steps < args.num_steps:
     die(f"--label-steps {args.label_steps}: must lie in 0..{args.num_steps - 1}, one less than --num-steps")
-if args.weighting == "uniform" and args.objective != "kl":
-    die(f"--weighting uniform: weighs the steps' distances, which --objective {args.objective} does not descend")
 if args.objective != "kl" and args.sde == "ode":
     die(f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
 if args.schedule == "alternate" and any(s["weight"] != int(s["weight"]) for s in teachers.values()):
@@ -161,11 +162,7 @@ transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 count = args.label_steps or transitions
 labelled = [(i + 1) * transitions // count - 1 for i in range(count)]  # evenly spread, the last among them
-w = {}  # w(t) of the labelled steps: the KL is w(t) mean (v - v_teacher)^2
-for t, t_next in (sigmas[k:k + 2] for k in labelled):
-    mean, std = transition(0.0, 1.0, t, t_next, args.noise_level, kl_sde)
-    w[t] = mean ** 2 / (2 * std ** 2)
-balance = {t: sum(w.values()) / count / wt if args.weighting == "uniform" else 1.0 for t, wt in w.items()}
+scale = step_weights([sigmas[k:k + 2] for k in labelled], args.noise_level, kl_sde, args.weighting)  # {t: factor} of the labelled steps' KL
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
@@ -200,7 +197,7 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * len(w) * dimensions)
+    reduce_gradients(params, world * samples * len(scale) * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -239,7 +236,7 @@ for step in progress:
     chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
-    kl_by_task = torch.zeros(len(teachers), len(w), device=device)  # sums, for the log
+    kl_by_task = torch.zeros(len(teachers), len(scale), device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -255,11 +252,11 @@ for step in progress:
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
         def student(x, t):
-            with torch.set_grad_enabled(args.objective == "kl" and t in w):
+            with torch.set_grad_enabled(args.objective == "kl" and t in scale):
                 return model.velocity(x, t, cond, "student", args.guidance)
 
         for x, v, t, t_next, x_next, old in rollout(student, draw(), sigmas, args.noise_level, args.sde, draw):
-            if t not in w:
+            if t not in scale:
                 continue
             # label: the teacher's and the anchor's whole velocity at the state visited
             v_teacher, v_anchor = label(x, t, cond, tasks)
@@ -268,14 +265,14 @@ for step in progress:
             # neither the trajectory nor a second student forward is needed
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() * balance[t] * dimensions).backward()
+                (loss.sum() * scale[t] * dimensions).backward()
             else:
                 # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
                 # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
-            kl_by_task[:, list(w).index(t)].index_add_(0, index, to_teacher.detach())
+            kl_by_task[:, list(scale).index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
 
     if stopping := stop.arrived(device):  # any process was told to leave: all give up the update in hand
@@ -292,7 +289,7 @@ for step in progress:
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
             to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if anchor else 0.0
             loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
-            (loss.sum() * dimensions).backward()
+            (loss.sum() * scale[t] * dimensions).backward()
         if k == 0 and (stopping := stop.arrived(device)):
             break
         norm = update()
@@ -301,7 +298,7 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(w)
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(scale)
     reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
@@ -316,7 +313,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, w), (kl_by_task.sum(0) / counts.sum() * len(w)).tolist()))
+        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, scale), (kl_by_task.sum(0) / counts.sum() * len(scale)).tolist()))
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:

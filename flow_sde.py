@@ -87,6 +87,17 @@ def kl(mean, mean_teacher, std):
     return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std ** 2)
 
 
+def step_weights(steps, noise_level, sde, weighting):
+    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t) times its velocity distance
+    mean (v - v_teacher)^2. `kl` leaves it at that (factor 1: the paper's loss); `uniform` weighs all distances alike, by the mean of these w(t),
+    so that the loss as a whole stays as large as the KL."""
+    w = {}
+    for t, t_next in steps:
+        mean, std = transition(0.0, 1.0, t, t_next, noise_level, sde)  # of a distance of 1
+        w[t] = mean ** 2 / (2 * std ** 2)
+    return {t: sum(w.values()) / len(w) / wt if weighting == "uniform" else 1.0 for t, wt in w.items()}
+
+
 def clipped_surrogate(log_prob_new, log_prob_old, advantage, clip_range, scale=1.0):
     """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp((new - old) / scale). All (B,) -> (B,)."""
     assert log_prob_new.shape == log_prob_old.shape == advantage.shape, "one number per sample each"

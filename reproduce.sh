@@ -8,7 +8,6 @@ export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD
 R=out/reproduce
 ALL="compose ocr scene"
 SEEDS=${SEEDS:-0 1 2}
-TRIES=${TRIES:-0}  # seeds of what the defaults are chosen by: one, since its arms are compared prompt by prompt
 started=""
 mkdir -p $R && rm -f $R/failed
 
@@ -27,6 +26,7 @@ files() { local t; for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
 twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, gets twice the prompts
 loras() { local name; for name; do echo $name=$R/$name/lora; done; }
 teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
+guided() { sed 's/\(compose\|ocr\)=[^ ]*/&,guidance=1.5/'; }                       # the two teachers that guidance makes better, see (f)
 
 grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
     --save-every 4 --eval-every 4; }
@@ -59,24 +59,31 @@ for s in $SEEDS; do
         --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s
     need merge
 
-    # stage 3: Flow-OPD with every anchor and from every start, and GRPO-Mix from the cold starts
-    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora --anchor $R/quality-0/lora --steps 40 --seed $s
-    run opd-noanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor none --steps 24 --seed $s
-    run opd-baseanchor-$s $(distill "$ALL") --init $R/merge/lora --anchor base --steps 24 --seed $s
-    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 --anchor $R/quality-0/lora --steps 40 --seed $s
-    run opd-uniform-$s $(distill "$ALL") --weighting uniform --init $R/merge/lora --anchor $R/quality-0/lora --steps 40 --seed $s
-    run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 4 --seed $s
+    # stage 3: Flow-OPD, from every start, and GRPO-Mix from the same starts with as many pictures: 5 rollouts of 256, 40 updates of 32
+    mar="--anchor $R/quality-0/lora --steps 40 --seed $s"
+    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora $mar
+    run opd-kl-$s $(distill "$ALL") --init $R/merge/lora $mar --weighting kl
+    run opd-guided-$s $(distill "$ALL" | guided) --init $R/merge/lora $mar
+    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 $mar
     need sft-$s
-    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora --anchor $R/quality-0/lora --steps 40 --seed $s
-    run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 4 --seed $s
+    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora $mar
+    run mix-none-$s $(grpo "$ALL") $large --steps 5 --seed $s
+    run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 5 --seed $s
+    run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 5 --seed $s
+
+    # MAR: without, with the base as anchor, and with the quality teacher, also at ten times the weight
+    brief="--init $R/merge/lora --steps 24 --seed $s"
+    run opd-noanchor-$s $(distill "$ALL") $brief --anchor none
+    run opd-baseanchor-$s $(distill "$ALL") $brief --anchor base
+    run opd-strong-$s $(distill "$ALL") $brief --anchor $R/quality-0/lora --anchor-weight 0.2
 done
 
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 ocr sft opd-{merge,noanchor,baseanchor,none,sft,uniform} mix-{merge,sft} | sed 's/=.*//')
+need $(each mix stack2 ocr sft opd-{merge,kl,guided,none,sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
 evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
-    $(each ocr stack2 mix sft mix-sft mix-merge opd-none opd-sft opd-merge opd-uniform)
+    $(each ocr stack2 mix sft mix-{none,sft,merge} opd-{none,sft,merge,kl,guided}) $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
@@ -85,17 +92,17 @@ evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene t
 run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
 run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
 need merge-svd merge-factors
-for s in $TRIES; do
+for s in $SEEDS; do
     plain="--init $R/merge/lora --anchor none --steps 8 --seed $s"
-    run try-kl-$s $(distill "$ALL") $plain
+    run try-default-$s $(distill "$ALL") $plain
     run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1 --lr 5e-4
     run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1 --lr 5e-4
-    run try-uniform-$s $(distill "$ALL") $plain --weighting uniform
+    run try-kl-$s $(distill "$ALL") $plain --weighting kl
     run try-ode-$s $(distill "$ALL") $plain --sde ode
     run try-cps-$s $(distill "$ALL") $plain --sde cps
     run try-half-$s $(distill "$ALL") $plain --label-steps 4
     run try-one-$s $(distill "$ALL") $plain --label-steps 1
-    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --weighting uniform --steps 20
+    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --steps 20
     run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
     run try-two-teachers-$s $(distill "compose ocr") $plain --init merge
     run try-one-teacher-$s $(distill compose) $plain --init merge
@@ -103,12 +110,12 @@ for s in $TRIES; do
     run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
     run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
 done
-tries=$(SEEDS=$TRIES each try-{kl,ppo,ppo-paper,uniform,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
+tries=$(each try-{default,kl,ppo,ppo-paper,ode,cps,half,one,danceopd,alternate,two-teachers,one-teacher,guided,svd,factors})
 need $(echo "$tries" | sed 's/=.*//')
 evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors) \
     $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) $tries \
     $(for u in 08 16 24 32 40; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
 evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
-    $(each mix opd-noanchor opd-baseanchor) \
+    $(each mix opd-{noanchor,baseanchor,strong}) \
     $(for s in $SEEDS; do echo opd-anchor-$s=$R/opd-merge-$s/checkpoints/000024/lora; done)
 python results/tables.py

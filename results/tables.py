@@ -49,35 +49,38 @@ def summary(rows, label):
 
 
 def table(title, evaluation, arms, default=None):
-    """Adds a table of {label: arm} to the page; with `default`, also what each arm's first run gains over that run."""
+    """Adds a table of {label: arm} to the page; with `default`, also what each arm gains over that arm."""
     found = read(evaluation)
     rows = [summary(found[arm], label) for label, arm in arms.items() if arm in found]
     for row in rows if default else ():
-        run = found[arms[row["model"]]][0]["model"]
-        row["scores"]["over the default"], row["stderr"]["over the default"] = paired(evaluation, run, default)
+        if arms[row["model"]] != default:
+            row["scores"]["over the default"], row["stderr"]["over the default"] = paired(evaluation, found[arms[row["model"]]], found[default])
     tables[title] = rows
     seeds = ", ".join(f"{r['model']} {r['runs']}" for r in rows if r["runs"] > 1)
     page.append(f"### {title}\n\n{markdown(rows)}" + (f"\n\nSeeds: {seeds}; the others are one run." if seeds else "\n\nOne run each."))
     return {arm: summary(found[arm], label) for label, arm in arms.items() if arm in found}
 
 
-def paired(evaluation, run, other):
-    """The average of a run less another's, prompt by prompt on the same noise: (mean, standard error), far more exact than two tables' errors."""
-    mean = square = 0.0
+def paired(evaluation, runs, others):
+    """The average of an arm less another's, (mean, standard error): seed by seed, prompt by prompt on the same noise, which is far more exact
+    than two tables' errors. The error has two parts, of the prompts (gaps averaged over seeds) and of the seeds."""
+    def scores(run, task):
+        files = glob.glob(os.path.join(RUNS, evaluation, run["model"], task, "scores*.jsonl"))
+        rows = [json.loads(line) for file in files for line in open(file) if line.strip()]
+        return {r["picture"]: r["score"] for r in rows if r["reward"].split()[0] == f"toy.{task}"}
+    gaps = []  # of each task: (seeds, prompts)
     for t in TASKS:
-        values = []
-        for name in (run, other):
-            rows = [json.loads(line) for file in glob.glob(os.path.join(RUNS, evaluation, name, t, "scores*.jsonl")) for line in open(file) if line.strip()]
-            values.append({r["picture"]: r["score"] for r in rows if r["reward"].split()[0] == f"toy.{t}"})
-        gaps = torch.tensor([values[0][i] - values[1][i] for i in values[0]], dtype=torch.float64)
-        mean, square = mean + gaps.mean().item() / 3, square + (gaps.var() / len(gaps)).item() / 9
-    return mean, math.sqrt(square)
+        a, b = ([scores(run, t) for run in rows] for rows in (runs, others))
+        gaps.append(torch.tensor([[a[k % len(a)][i] - b[k][i] for i in b[k]] for k in range(len(b))], dtype=torch.float64))
+    seeds = sum(gap.mean(1) for gap in gaps) / len(TASKS)
+    prompts = sum(gap.mean(0).var() / gap.shape[1] for gap in gaps) / len(TASKS) ** 2
+    return seeds.mean().item(), math.sqrt(prompts + (seeds.var() / len(seeds) if len(seeds) > 1 else 0.0))
 
 
 def difference(a, b, name):
     """How far arm a is above arm b, as text."""
     gap, error = a["scores"][name] - b["scores"][name], math.hypot(a["stderr"][name], b["stderr"][name])
-    return f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f} standard errors)"
+    return f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})"
 
 
 def log(run, key):
@@ -91,34 +94,38 @@ teachers = {f"{t} (GRPO teacher)": f"{t}-0" for t in TASKS}
 table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRPO on ocr, scene": "stack2", "GRPO on ocr, scene, compose (GRPO-Mix)": "mix"})
 main = table("(b) The main table", "test", {
     "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
-    "Flow-OPD from SFT": "opd-sft", "Flow-OPD from merge": "opd-merge", "Flow-OPD from merge, `--weighting uniform`": "opd-uniform"})
-for arm in [a for a in ("opd-merge", "opd-uniform") if a in main]:
-    page.append(f"{main[arm]['model']}, less GRPO-Mix, average of the three tasks: " +
-                difference(main[arm], main["mix"], "average") + "; less the teacher on its own task: " +
-                ", ".join(f"{t} {difference(main[arm], main[f'{t}-0'], t)}" for t in TASKS) + ".")
-table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD (40 updates)", "test", {
-    "no cold start": "base", "no cold start, GRPO-Mix (46 rollouts)": "mix", "no cold start, Flow-OPD": "opd-none",
-    "SFT": "sft", "SFT, then GRPO-Mix (4 rollouts)": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
-    "merge": "merge", "merge, then GRPO-Mix (4 rollouts)": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
+    "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge", "the same, `--weighting kl` (the paper's)": "opd-kl",
+    "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
+rows = []
+for arm in ("opd-merge", "opd-kl", "opd-guided"):
+    gaps = [difference(main[arm], main["mix"], "average"), *(difference(main[arm], main[f"{t}-0"], t) for t in TASKS)]
+    rows.append(f"| {main[arm]['model']} | {' | '.join(gaps)} |")
+page.append("What Flow-OPD has over GRPO-Mix, and over each teacher on its own task (in brackets: in standard errors):\n\n"
+            "| model | average, over GRPO-Mix | compose, over its teacher | ocr | scene |\n|---|---|---|---|---|\n" + "\n".join(rows))
+table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1280", "test", {
+    "no cold start": "base", "no cold start, GRPO-Mix": "mix-none", "no cold start, Flow-OPD": "opd-none",
+    "SFT": "sft", "SFT, then GRPO-Mix": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
+    "merge": "merge", "merge, then GRPO-Mix": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
 table("(d) MAR, 24 updates: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
     "base": "base", "the anchor": "quality-0", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
-    "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-anchor"})
+    "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-anchor",
+    "MAR, the quality teacher as anchor, λ = 0.2": "opd-strong"})
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
 table("(f) One change at a time, 8 updates from the merge without an anchor (validation prompts; the last column is paired by prompt and noise)", "val", {
-    "merge, the start": "merge", "**the default**": "try-kl", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
-    "`--weighting uniform`": "try-uniform", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
-    "`--label-steps 1`": "try-one", "`--label-steps 1 --weighting uniform`, 20 updates (DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
+    "merge, the start": "merge", "**the default**": "try-default", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
+    "`--weighting kl`": "try-kl", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
+    "`--label-steps 1`": "try-one", "`--label-steps 1`, 20 updates (as DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
     "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
     "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from there": "try-svd",
-    "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"}, default="try-kl-0")
+    "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"}, default="try-default")
 val = read("val")
 page.append("The teachers on their own tasks, without guidance and guided by 1.5: " + "; ".join(
     f"{t} {val[f'{t}-0'][0]['scores'][t]:.3f}, {val[f'{t}-guided-0'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
 seconds = {arm: [v for _, v in log(f"{arm}-0", "seconds")] for arm in
-           ("opd-merge", "try-kl", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
-page.append("Seconds of one update (mix: a rollout), one thread of two: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
+           ("opd-merge", "opd-guided", "try-default", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
+page.append("Seconds of one update (mix: a rollout of 256 pictures), with one thread: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
 write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
 write_json(os.path.join(HERE, "tables.json"), tables)
 readme = os.path.join(os.path.dirname(HERE), "README.md")

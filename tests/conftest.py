@@ -65,11 +65,16 @@ def few(prompts, n, folder):
     return specs
 
 
+def table(folder):
+    """Flags of distill.py for a small table at the end."""
+    return dict(eval_prompts=few("test", 3, str(folder)), reward=[f"toy.{name}" for name in (*TASKS, "quality")])
+
+
 def distill(loras, out, **changes):
-    """Run distill.py for a few quick updates on the random teachers; keyword arguments change its flags."""
+    """Run distill.py for a few quick updates on the random teachers, without a table; keyword arguments change its flags."""
     flags = {"teachers": [f"{t}={loras[t]}" for t in TASKS], "init": loras["student"], "anchor": loras["anchor"], "batch_size": 6,
              "micro_batch_size": 6, "num_steps": 4, "steps": 1, "save_every": 100, "eval_every": 100, "eval_num_steps": 2,
-             "eval_prompts": few("test", 3, os.path.dirname(out)), "out": out} | changes
+             "eval_prompts": [], "reward": [], "out": out} | changes
     argv = []
     for flag, value in flags.items():
         argv += ["--" + flag.replace("_", "-"), *(value if isinstance(value, list) else [value])]

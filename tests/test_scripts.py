@@ -131,7 +131,6 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--objective", "ppo", "--sde", "ode"], "needs a stochastic sampler"),
         (["distill.py", "--noise-level", 0], "must be positive"),
         (["distill.py", "--label-steps", 10], "--label-steps 10: must lie in 0..9"),
-        (["distill.py", "--weighting", "uniform", "--objective", "ppo"], "--objective ppo does not descend"),
         (["cold_start.py", "merge", "--method", "factors", "--teachers", ocr, "compose=toy/teachers/compose"], "have no average"),
         (["distill.py", "--resume", tmp_path], "no checkpoint there"),
         (["train_teacher.py", "--reward", "toy.smile"], "no such reward"),

@@ -120,7 +120,7 @@ def test_another_run_is_not_resumed(loras, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(os.path.join(ROOT, "toy/base"), base)
     flags = dict(model=str(base), init="none", rank=4, save_every=1, steps=1, resolution=32, guidance=1, dtype="float32",
-                 prompts=few("train", 5, str(tmp_path)), reward="toy.ocr")
+                 prompts=few("train", 5, str(tmp_path)))
     distill(loras, str(tmp_path / "run"), **flags)
     distill(loras, str(tmp_path / "run"), resume="auto", **flags | dict(steps=2, keep=5, save_every=7, micro_batch_size=2, gradient_checkpointing=[]))
     other = tmp_path / "other"
@@ -129,8 +129,7 @@ def test_another_run_is_not_resumed(loras, tmp_path):
     for change, message in ((dict(rank=8), "rank was 4, now 8"), (dict(schedule="alternate"), "schedule was 'mixed', now 'alternate'"),
                             (dict(prompts=prompts), "prompts scene was '[0-9a-f]+', now '[0-9a-f]+'"),
                             (dict(batch_size=3), "batch-size x processes was 6, now 3"),
-                            (dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2],
-                                  eval_prompts=few("test", 3, str(tmp_path))[:2]), "teacher scene was '[0-9a-f]+', now None")):
+                            (dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2]), "teacher scene was '[0-9a-f]+', now None")):
         with pytest.raises(SystemExit, match=f"another run: .*{message}"):
             distill(loras, str(tmp_path / "run"), resume="auto", **flags | change)
     config = json.load(open(base / "scheduler/scheduler_config.json"))

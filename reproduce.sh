@@ -7,12 +7,12 @@ cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647  # memory is kept, not given back after every layer
 R=out/reproduce
 ALL="compose ocr scene"
-SEEDS=${SEEDS:-0 1 2}
+SEEDS=${SEEDS:-0 1 2}  # 0 is always needed
 started=""
 mkdir -p $R && rm -f $R/failed
 
-fail() { echo "$1 failed, see $R/$1.log"; exit 1; }
-pause() { sleep 0.2; if [ -e $R/failed ]; then fail $(cat $R/failed); fi; }
+fail() { echo "$1 failed, see $R/$1.log"; wait; exit 1; }                          # not before the other run has ended
+pause() { sleep 0.2; if [ -s $R/failed ]; then fail "$(cat $R/failed)"; fi; }
 run() {  # run NAME COMMAND...: in the background, two at a time
     local name=$1; shift
     if [ -e $R/$name.done ] || [[ " $started " == *" $name "* ]]; then return; fi
@@ -26,7 +26,7 @@ files() { local t; for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
 twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, gets twice the prompts
 loras() { local name; for name; do echo $name=$R/$name/lora; done; }
 teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
-guided() { sed 's/\(compose\|ocr\)=[^ ]*/&,guidance=1.5/'; }                       # the two teachers that guidance makes better, see (f)
+guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }                  # the two teachers that guidance makes better, see (f)
 
 grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
     --save-every 4 --eval-every 4; }
@@ -83,12 +83,13 @@ each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; do
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
 need $(each mix stack2 ocr sft opd-{merge,kl,guided,none,sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
 evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
+    compose-guided-0=$R/compose-0/lora,guidance=1.5 ocr-guided-0=$R/ocr-0/lora,guidance=1.5 \
     $(each ocr stack2 mix sft mix-{none,sft,merge} opd-{none,sft,merge,kl,guided}) $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 
-# -- what the paper does not have: one change at a time, to 8 updates from the merge without an anchor; on validation prompts ------------
+# -- what the paper does not have: one change at a time, 8 rollouts from the merge without an anchor; on validation prompts ----------------
 run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
 run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
 need merge-svd merge-factors
@@ -104,8 +105,8 @@ for s in $SEEDS; do
     run try-one-$s $(distill "$ALL") $plain --label-steps 1
     run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --steps 20
     run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
-    run try-two-teachers-$s $(distill "compose ocr") $plain --init merge
-    run try-one-teacher-$s $(distill compose) $plain --init merge
+    run try-two-teachers-$s $(distill "compose ocr") $plain
+    run try-one-teacher-$s $(distill compose) $plain
     run try-guided-$s $(distill "$ALL" ,guidance=1.5) $plain
     run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
     run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora

@@ -61,32 +61,33 @@ def table(title, evaluation, arms, default=None):
     return {arm: summary(found[arm], label) for label, arm in arms.items() if arm in found}
 
 
-def paired(evaluation, runs, others):
-    """The average of an arm less another's, (mean, standard error): seed by seed, prompt by prompt on the same noise, which is far more exact
-    than two tables' errors. The error has two parts, of the prompts (gaps averaged over seeds) and of the seeds."""
+def paired(evaluation, runs, others, tasks=TASKS):
+    """How far an arm is above another on the average of `tasks`, (mean, standard error): seed by seed, prompt by prompt on the same noise, which
+    is far more exact than two tables' errors. The error has two parts, of the prompts (gaps averaged over seeds) and of the seeds; an arm with
+    one run is set against every seed of the other, and adds no seed error of its own."""
     def scores(run, task):
         files = glob.glob(os.path.join(RUNS, evaluation, run["model"], task, "scores*.jsonl"))
         rows = [json.loads(line) for file in files for line in open(file) if line.strip()]
         return {r["picture"]: r["score"] for r in rows if r["reward"].split()[0] == f"toy.{task}"}
     gaps = []  # of each task: (seeds, prompts)
-    for t in TASKS:
+    for t in tasks:
         a, b = ([scores(run, t) for run in rows] for rows in (runs, others))
-        gaps.append(torch.tensor([[a[k % len(a)][i] - b[k][i] for i in b[k]] for k in range(len(b))], dtype=torch.float64))
-    seeds = sum(gap.mean(1) for gap in gaps) / len(TASKS)
-    prompts = sum(gap.mean(0).var() / gap.shape[1] for gap in gaps) / len(TASKS) ** 2
-    return seeds.mean().item(), math.sqrt(prompts + (seeds.var() / len(seeds) if len(seeds) > 1 else 0.0))
-
-
-def difference(a, b, name):
-    """How far arm a is above arm b, as text."""
-    gap, error = a["scores"][name] - b["scores"][name], math.hypot(a["stderr"][name], b["stderr"][name])
-    return f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})"
+        seeds = range(max(len(a), len(b)))
+        gaps.append(torch.tensor([[a[k % len(a)][i] - b[k % len(b)][i] for i in sorted(b[0])] for k in seeds], dtype=torch.float64))
+    of_seeds = sum(gap.mean(1) for gap in gaps) / len(tasks)
+    variance = sum(gap.mean(0).var() / gap.shape[1] for gap in gaps) / len(tasks) ** 2
+    return of_seeds.mean().item(), math.sqrt(variance + (of_seeds.var() / len(of_seeds) if len(of_seeds) > 1 else 0.0))
 
 
 def log(run, key):
     """[(step, value)] of a run's log."""
     rows = [json.loads(line) for line in open(os.path.join(RUNS, run, "log.jsonl"))]
     return [(r["step"], r[key]) for r in rows if key in r]
+
+
+def read_runs(arm):
+    """The names of an arm's runs, seed by seed."""
+    return [os.path.basename(path) for path in sorted(glob.glob(os.path.join(RUNS, f"{arm}-[0-9]")))]
 
 
 page, tables = [], {}
@@ -96,16 +97,20 @@ main = table("(b) The main table", "test", {
     "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
     "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge", "the same, `--weighting kl` (the paper's)": "opd-kl",
     "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
-rows = []
+test, rows = read("test"), []
 for arm in ("opd-merge", "opd-kl", "opd-guided"):
-    gaps = [difference(main[arm], main["mix"], "average"), *(difference(main[arm], main[f"{t}-0"], t) for t in TASKS)]
-    rows.append(f"| {main[arm]['model']} | {' | '.join(gaps)} |")
-page.append("What Flow-OPD has over GRPO-Mix, and over each teacher on its own task (in brackets: in standard errors):\n\n"
-            "| model | average, over GRPO-Mix | compose, over its teacher | ocr | scene |\n|---|---|---|---|---|\n" + "\n".join(rows))
+    own = {t: f"{t}-guided-0" if arm == "opd-guided" and t != "scene" else f"{t}-0" for t in TASKS}
+    gaps = [paired("test", test[arm], test["mix"]), *(paired("test", test[arm], test[own[t]], [t]) for t in TASKS)]
+    rows.append(f"| {main[arm]['model']} | " + " | ".join(f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})" for gap, error in gaps) + " |")
+page.append("What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; paired by prompt and noise, in brackets "
+            "the number of standard errors:\n\n| model | average, over GRPO-Mix | compose, over its teacher | ocr | scene |\n|---|---|---|---|---|\n" +
+            "\n".join(rows))
 table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1280", "test", {
     "no cold start": "base", "no cold start, GRPO-Mix": "mix-none", "no cold start, Flow-OPD": "opd-none",
     "SFT": "sft", "SFT, then GRPO-Mix": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
     "merge": "merge", "merge, then GRPO-Mix": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
+page.append("The pictures are those of the last stage: 5 rollouts and 20 updates of GRPO-Mix, 40 updates of Flow-OPD. What came before is not counted: the "
+            "teachers' 11,776 pictures, the anchor's 1,024, SFT's 768. The merge has rank 48, the others 16.")
 table("(d) MAR, 24 updates: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
     "base": "base", "the anchor": "quality-0", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
     "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-anchor",
@@ -113,19 +118,21 @@ table("(d) MAR, 24 updates: quality on all prompts and diversity within a prompt
 everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD from merge": "opd-merge"}
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
-table("(f) One change at a time, 8 updates from the merge without an anchor (validation prompts; the last column is paired by prompt and noise)", "val", {
-    "merge, the start": "merge", "**the default**": "try-default", "`--objective ppo`": "try-ppo", "`--objective ppo-paper`": "try-ppo-paper",
+table("(f) One change at a time, 8 rollouts from the merge without an anchor (validation prompts; the last column is paired by prompt and noise)", "val", {
+    "merge, the start": "merge", "**the default**": "try-default", "`--objective ppo` (two updates a rollout)": "try-ppo",
+    "`--objective ppo-paper` (two)": "try-ppo-paper",
     "`--weighting kl`": "try-kl", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
-    "`--label-steps 1`": "try-one", "`--label-steps 1`, 20 updates (as DanceOPD)": "try-danceopd", "`--schedule alternate`": "try-alternate",
+    "`--label-steps 1`": "try-one", "`--label-steps 1`, 20 rollouts": "try-danceopd", "`--schedule alternate`": "try-alternate",
     "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
-    "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from there": "try-svd",
-    "merge `--method factors`, the start": "merge-factors", "from  there": "try-factors"}, default="try-default")
+    "teachers guided by 1.5, the student by 1": "try-guided", "merge `--method svd`, the start": "merge-svd", "from the svd merge": "try-svd",
+    "merge `--method factors`, the start": "merge-factors", "from the factors merge": "try-factors"}, default="try-default")
 val = read("val")
 page.append("The teachers on their own tasks, without guidance and guided by 1.5: " + "; ".join(
     f"{t} {val[f'{t}-0'][0]['scores'][t]:.3f}, {val[f'{t}-guided-0'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
-seconds = {arm: [v for _, v in log(f"{arm}-0", "seconds")] for arm in
+seconds = {arm: sorted(v for run in read_runs(arm) for _, v in log(run, "seconds")) for arm in
            ("opd-merge", "opd-guided", "try-default", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
-page.append("Seconds of one update (mix: a rollout of 256 pictures), with one thread: " + ", ".join(f"{arm} {sum(s) / len(s):.1f}" for arm, s in seconds.items()) + ".")
+page.append("Median seconds of a rollout and its updates, with one thread (mix: 256 pictures, the others 32): " +
+            ", ".join(f"{arm} {s[len(s) // 2]:.1f}" for arm, s in seconds.items()) + ".")
 write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
 write_json(os.path.join(HERE, "tables.json"), tables)
 readme = os.path.join(os.path.dirname(HERE), "README.md")
@@ -148,7 +155,7 @@ for t, axis in zip(TASKS, axes[1:]):
     axis.plot(*zip(*sorted([(0, val["merge"][0]["scores"][t])] + points)), "o-", markersize=3, label="Flow-OPD from merge")
     axis.plot(*zip(*[(0, val["base"][0]["scores"][t])] + [(256 * step, v) for step, v in log("mix-0", f"validation/{t}")]), "s-", markersize=3, label="GRPO-Mix")
     axis.axhline(val[f"{t}-0"][0]["scores"][t], linestyle="--", color="grey", label="its teacher")
-    axis.set(title=f"{t} (validation)", xlabel="pictures sampled")
+    axis.set(title=f"{t} (validation)", xlabel="pictures sampled, without the teachers' own")
 axes[1].legend(fontsize=7)
 for axis in axes:
     axis.grid(alpha=0.3)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TASKS, distill, few, read_log, table
+from conftest import TASKS, distill, few, read_log, run, table
 from safetensors.torch import load_file
 
 from flow_sde import generators, kl, pick_prompts, randn, rollout, sigma_schedule, transition
@@ -21,13 +21,14 @@ def gradients(monkeypatch):
             caught.append(torch.cat([p.grad.flatten() for p in params]).clone())
             return clip(params, most)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-        return distill(loras, str(out), lr=0, **flags), caught
+        return flags.pop("script", distill)(loras, str(out), lr=0, **flags), caught
     return record
 
 
-def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow", labelled=None, uniform=True):
+def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow", labelled=None, uniform=True,
+             walker=lambda task: "student"):
     """The gradient of the first update as the paper describes it: roll the student out and store the trajectory, then walk it again
-    with gradient; one sample and one adapter at a time."""
+    with gradient; one sample and one adapter at a time. In cold_start.py's sft the walker is the teacher."""
     args, model, params = run["args"], run["model"], run["params"]
     sigmas, batch = sigma_schedule(args.num_steps, 3.0)[:-1], pick_prompts(run["prompts"], dict.fromkeys(TASKS, 1.0), args.seed, 0, args.batch_size)
     total, one = torch.zeros(sum(p.numel() for p in params)), torch.ones(1, 1)
@@ -41,11 +42,11 @@ def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weig
         cond, gens = model.encode([row["prompt"]]), generators(args.seed, 0, [i])
         draw = lambda: randn(gens, model.latent_shape(32), "cpu")
         with torch.no_grad():
-            steps = list(rollout(lambda x, t: model.velocity(x, t, cond, "student"), draw(), sigmas, 0.7, sde, draw))
+            steps = list(rollout(lambda x, t: model.velocity(x, t, cond, walker(task)), draw(), sigmas, 0.7, sde, draw))
         for s in [s for s in steps if s.t in w]:
             mean, std = transition(s.x, model.velocity(s.x, s.t, cond, "student"), s.t, s.t_next, 0.7)
             loss = 0.0
-            for name, weight in ((teacher_of(task), teacher_weight), ("anchor", anchor_weight)):
+            for name, weight in [(n, w) for n, w in ((teacher_of(task), teacher_weight), ("anchor", anchor_weight)) if w]:
                 with torch.no_grad():
                     other, _ = transition(s.x, model.velocity(s.x, s.t, cond, name), s.t, s.t_next, 0.7)
                 loss = loss + w[s.t] * weight * kl(mean, other, std).sum()
@@ -69,12 +70,21 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras,
 def test_labelled_steps_and_their_weights(loras, tmp_path, gradients):
     """With 6 sampling steps there are 5 to learn from: two of them are the second and the last; one is the last."""
     for flags, kind in ({"label_steps": 1}, {"labelled": [4]}), ({"label_steps": 2}, {"labelled": [1, 4]}):
-        run, (gradient,) = gradients(loras, tmp_path / str(len(flags)), num_steps=6, **flags)
+        run, (gradient,) = gradients(loras, tmp_path / str(flags["label_steps"]), num_steps=6, **flags)
         assert distance(gradient, two_pass(run, **kind)) < 1e-4 < distance(gradient, two_pass(run)), flags
-        assert len(read_log(tmp_path / str(len(flags)))[0]["kl_by_sigma"]) == flags["label_steps"]
+        assert len(read_log(tmp_path / str(flags["label_steps"]))[0]["kl_by_sigma"]) == flags["label_steps"]
     run, (gradient,) = gradients(loras, tmp_path / "kl", weighting="kl")  # the paper's
     assert distance(gradient, two_pass(run, uniform=False)) < 1e-4 < distance(gradient, two_pass(run))
-    distill(loras, str(tmp_path / "ppo"), objective="ppo", label_steps=1)
+
+
+def test_sft_learns_the_same_on_trajectories_of_the_teachers(loras, tmp_path, gradients):
+    def sft(loras, out, **flags):
+        return run("cold_start.py", "sft", "--teachers", *[f"{t}={loras[t]}" for t in TASKS], "--init", loras["student"], "--num-steps", 4, "--steps", 1,
+                   "--batch-size", 6, "--out", out, *[word for flag, value in flags.items() for word in (f"--{flag}", value)])
+    for weighting in ("uniform", "kl"):
+        ns, (gradient,) = gradients(loras, tmp_path / weighting, script=sft, weighting=weighting)
+        expected, other = (two_pass(ns, anchor_weight=0, uniform=uniform, walker=lambda task: task) for uniform in (weighting == "uniform", weighting == "kl"))
+        assert distance(gradient, expected) < 1e-4 < distance(gradient, other), weighting
 
 
 def test_anchor_pulls_towards_the_anchor_and_the_anchor_only(loras, tmp_path, gradients):
@@ -83,6 +93,9 @@ def test_anchor_pulls_towards_the_anchor_and_the_anchor_only(loras, tmp_path, gr
     assert none.abs().max() == 0
     run, (pull,) = gradients(loras, tmp_path / "b", anchor_weight=0.5, **same)
     assert distance(pull, two_pass(run, anchor_weight=0.5, teacher_weight=0.0)) < 1e-4
+    ppo = dict(objective="ppo", updates_per_rollout=1, label_steps=2)  # here too, every step's distance weighs alike
+    out, (pull,) = gradients(loras, tmp_path / "ppo", anchor_weight=0.5, **ppo, **same)
+    assert distance(pull, two_pass(out, anchor_weight=0.5, teacher_weight=0.0, labelled=[0, 2])) < 1e-4
     _, (settled,) = gradients(loras | {"anchor": loras["student"]}, tmp_path / "c", anchor_weight=0.5, **same)
     assert settled.abs().max() == 0
     # and a student that follows the pull comes closer to the anchor

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
-from flow_sde import clipped_surrogate, generators, kl, log_prob, pick_prompts, randn, rollout, sigma_schedule, transition
+from flow_sde import clipped_surrogate, generators, kl, log_prob, pick_prompts, randn, rollout, sigma_schedule, step_weights, transition
 
 X, V, V2 = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(s)) for s in range(3))
 STEPS = list(zip(sigma_schedule(10)[:-1], sigma_schedule(10)[1:]))
@@ -154,3 +154,17 @@ def test_noise_and_prompts_do_not_depend_on_how_the_batch_is_cut():
     batch = pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert [t for t, _ in batch].count("a") == 6 and batch == pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert all(t == "b" for t, _ in pick_prompts(prompts, {"a": 0, "b": 1}, 0, 5, 8))
+
+
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_step_weights(sde):
+    """Times its factor, a step's KL is the same multiple of the velocity distance at every step, the mean of what it was; or it is left alone."""
+    sigmas, one = sigma_schedule(10)[:-1], torch.ones(1, 4)
+    steps, terms = list(zip(sigmas, sigmas[1:])), []
+    for t, t_next in steps:
+        (mean, std), (other, _) = (transition(one, v * one, t, t_next, 0.7, sde) for v in (0.0, 1.0))
+        terms.append(kl(mean, other, std).item())
+    factors = step_weights(steps, 0.7, sde, "uniform")
+    assert list(factors) == sigmas[:-1]
+    assert [f * term for f, term in zip(factors.values(), terms)] == pytest.approx([sum(terms) / len(terms)] * len(terms), rel=1e-3)
+    assert set(step_weights(steps, 0.7, sde, "kl").values()) == {1.0} and max(terms) > 10 * min(terms)

@@ -6,8 +6,8 @@
         --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
-`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's; all that
-differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to do where only it would go.
+`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's without
+MAR; what differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to do where only it would go.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 import json
 import os
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores (pytest -n 2); read when torch is imported
 import runpy
 import signal
 import sys

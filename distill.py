@@ -41,6 +41,7 @@ TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in 
            reward=[f"toy.{t}" for t in (*TASKS, "quality")], eval_num_steps=10, eval_batch_size=128, save_every=20, eval_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
+# The figures beside some of them say why the default is what it is: average scores on the toy, one change at a time (README, "The paper in miniature").
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
@@ -63,7 +64,6 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance of stu
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
-# The reasons beside the defaults are from the toy: one change at a time, three seeds (README, "The paper in miniature", f).
 # kl is the exact gradient. ppo estimates it from sampled actions: after 8 rollouts it is three quarters of the way, at twice the time, with a
 # learning rate small enough for its noise. ppo-paper ends where it began or below: its expected gradient is zero.
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
@@ -74,7 +74,7 @@ add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the st
 # All, as in the paper. Half of them taught as much in 8 updates, in three fifths of the time, and is worth trying; one low-noise step is too few,
 # even given as much time.
 add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, evenly spread up to the last and least noisy; 0: all")
-# mixed: at equal updates, whole updates in turn were 0.08 behind, nearly all of it on the task that was furthest away and had only its turns.
+# mixed: at equal updates, whole updates in turn were 0.08 behind, nearly all of it on the task furthest from its teacher.
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--group-size", type=int, default=1, help="trajectories per prompt (one is enough: no advantage to estimate)")

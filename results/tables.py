@@ -56,8 +56,9 @@ def table(title, evaluation, arms, default=None):
         if arms[row["model"]] != default:
             row["scores"]["over the default"], row["stderr"]["over the default"] = paired(evaluation, found[arms[row["model"]]], found[default])
     tables[title] = rows
-    seeds = ", ".join(f"{r['model']} {r['runs']}" for r in rows if r["runs"] > 1)
-    page.append(f"### {title}\n\n{markdown(rows)}" + (f"\n\nSeeds: {seeds}; the others are one run." if seeds else "\n\nOne run each."))
+    several, one = ([r for r in rows if (r["runs"] > 1) == many] for many in (True, False))
+    note = "/".join(sorted({str(r["runs"]) for r in several})) + " seeds each" + (f"; one run: {'; '.join(r['model'] for r in one)}" if one else "")
+    page.append(f"### {title}\n\n{markdown(rows)}\n\n{note[0].upper()}{note[1:]}.")
     return {arm: summary(found[arm], label) for label, arm in arms.items() if arm in found}
 
 
@@ -105,6 +106,10 @@ for arm in ("opd-merge", "opd-kl", "opd-guided"):
 page.append("What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; paired by prompt and noise, in brackets "
             "the number of standard errors:\n\n| model | average, over GRPO-Mix | compose, over its teacher | ocr | scene |\n|---|---|---|---|---|\n" +
             "\n".join(rows))
+by_step = {arm: log(f"{arm}-0", "kl_by_sigma")[-1][1] for arm in ("opd-merge", "opd-kl")}
+page.append("The KL to the teachers at each step after the last update, seed 0, over its like under `--weighting kl`: " + ", ".join(
+    f"{by_step['opd-merge'][t] / by_step['opd-kl'][t]:.2f} at t = {float(t):.2f}" for t in by_step["opd-kl"]) +
+    f". Under `--weighting kl` {list(by_step['opd-kl'].values())[-1] / sum(by_step['opd-kl'].values()):.0%} of it is the last step's.")
 table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1280", "test", {
     "no cold start": "base", "no cold start, GRPO-Mix": "mix-none", "no cold start, Flow-OPD": "opd-none",
     "SFT": "sft", "SFT, then GRPO-Mix": "mix-sft", "SFT, then Flow-OPD": "opd-sft",

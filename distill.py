@@ -1,12 +1,12 @@
 """Stage 3, Flow-OPD (arXiv 2605.08063): one student learns from several teachers, on its own trajectories. At every state the student visits,
-the teacher of the prompt's task says which way it would go; the closed-form KL between the two transitions, with all steps weighing alike, is
-the loss. Manifold Anchor Regularization (MAR) adds the same distance, times lambda, to a task-agnostic aesthetic teacher. All teachers are
-LoRA adapters on one frozen base, so memory hardly grows with their number. No reward is computed in training.
+the teacher of the prompt's task says which way it would go; the loss is the closed-form KL between the two transitions, reweighted so that all
+steps count alike. Manifold Anchor Regularization (MAR) adds the same distance, times lambda, to a task-agnostic aesthetic teacher. All teachers
+are LoRA adapters on one frozen base, so memory hardly grows with their number. No reward is computed in training.
 
     python distill.py                                                     # the toy: three teachers, two CPU cores, minutes
     torchrun --nproc_per_node=8 distill.py --model stabilityai/stable-diffusion-3.5-medium \\
         --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval,guidance=1 ocr=jieliu/SD3.5M-FlowGRPO-Text \\
-        --prompts geneval=geneval.jsonl ocr=ocr.txt --init out/merge/lora --anchor base
+        --prompts geneval=geneval.jsonl ocr=ocr.txt --init merge --anchor CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix
 
 A step's KL is w(t) times the squared distance of the two velocities. `--weighting kl` leaves it so, as in the paper; by default w(t) gives way to its
 mean, since most of the KL comes from the last step learnt and the noisier ones, which decide what is drawn, would lag behind.
@@ -65,7 +65,7 @@ add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the stude
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 # kl is the exact gradient. ppo estimates it from sampled actions: after 8 rollouts it is three quarters of the way, at twice the time, with a
-# learning rate small enough for its noise. ppo-paper ends where it began or below: its expected gradient is zero.
+# quarter of the learning rate, for its noise, and --clip-range 0.1. ppo-paper, so too, ends where it began or below: its expected gradient is zero.
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
 # uniform: most of the KL comes from the last step learnt, so under w(t) the noisier ones, which decide what is drawn, lag behind: by 0.043 of the
@@ -171,7 +171,7 @@ transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 count = args.label_steps or transitions
 labelled = [(i + 1) * transitions // count - 1 for i in range(count)]  # evenly spread, the last among them
-scale = step_weights([sigmas[k:k + 2] for k in labelled], args.noise_level, kl_sde, args.weighting)  # {t: factor} of the labelled steps' KL
+factor = step_weights([sigmas[k:k + 2] for k in labelled], args.noise_level, kl_sde, args.weighting)  # {t: factor of its KL}, the labelled steps
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
@@ -206,7 +206,7 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * len(scale) * dimensions)
+    reduce_gradients(params, world * samples * len(factor) * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -239,13 +239,13 @@ for step in progress:
 
     # pick prompts: a prompt's task decides its teacher
     shares = weights
-    if args.schedule == "alternate":  # whole updates in turn, weight of them each
+    if args.schedule == "alternate":  # whole updates in turn, a task of weight w getting w of them in a row
         turns = [task for task in teachers for _ in range(int(weights[task]))]
         shares = {task: float(task == turns[step % len(turns)]) for task in teachers}
     chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
-    kl_by_task = torch.zeros(len(teachers), len(scale), device=device)  # sums, for the log
+    kl_by_task = torch.zeros(len(teachers), len(factor), device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -261,27 +261,28 @@ for step in progress:
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
         def student(x, t):
-            with torch.set_grad_enabled(args.objective == "kl" and t in scale):
+            with torch.set_grad_enabled(args.objective == "kl" and t in factor):
                 return model.velocity(x, t, cond, "student", args.guidance)
 
         for x, v, t, t_next, x_next, old in rollout(student, draw(), sigmas, args.noise_level, args.sde, draw):
-            if t not in scale:
+            if t not in factor:
                 continue
-            # label: the teacher's and the anchor's whole velocity at the state visited
+            # label: the teacher's and the anchor's whole velocity at the state visited (who answers is named with every call, so asking
+            # them between the student's forward and its backward is safe)
             v_teacher, v_anchor = label(x, t, cond, tasks)
             to_teacher, to_anchor = divergence(x, v, v_teacher, v_anchor, t, t_next)                    # (B,), (B,)
             # learn: KL + lambda MAR. The weights stand still during the rollout, so learning step by step is exact, and
-            # neither the trajectory nor a second student forward is needed
+            # neither the trajectory nor a second student forward is needed. Summed over dimensions: update() divides, in float32
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
-                (loss.sum() * scale[t] * dimensions).backward()
+                (loss.sum() * factor[t] * dimensions).backward()
             else:
-                # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s), less its mean over actions, which is -KL and serves as
-                # baseline; ppo-paper: -KL itself, which no action can change. In nats, hence times the number of dimensions
+                # ppo: the sampled action's reward log pi_T(a|s) - log pi(a|s); its mean over actions is -KL, the baseline taken off.
+                # ppo-paper: -KL itself, which no action can change. Rewards are in nats: log_prob and kl are means over dimensions
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
-            kl_by_task[:, list(scale).index(t)].index_add_(0, index, to_teacher.detach())
+            kl_by_task[:, list(factor).index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
 
     if stopping := stop.arrived(device):  # any process was told to leave: all give up the update in hand
@@ -298,7 +299,7 @@ for step in progress:
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
             to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if anchor else 0.0
             loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
-            (loss.sum() * scale[t] * dimensions).backward()
+            (loss.sum() * factor[t] * dimensions).backward()
         if k == 0 and (stopping := stop.arrived(device)):
             break
         norm = update()
@@ -307,7 +308,7 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(scale)
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(factor)
     reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
@@ -322,7 +323,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, scale), (kl_by_task.sum(0) / counts.sum() * len(scale)).tolist()))
+        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, factor), (kl_by_task.sum(0) / counts.sum() * len(factor)).tolist()))
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:

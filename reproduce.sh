@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiments in miniature, from the shipped base to results/: every number of README's section of that name. Plain commands of
+# The paper's experiments in miniature, from the shipped base to results/: every table and figure of README's section of that name. Plain commands of
 # this repository's scripts, two at a time, one thread each. What is done already is skipped, and what was killed goes on where it was.
 #     bash reproduce.sh          # two CPU cores; runs and pictures go to out/reproduce, tables and figures to results
 set -euo pipefail
@@ -23,7 +23,7 @@ run() {  # run NAME COMMAND...: in the background, two at a time
 }
 need() { local name; for name; do while [ ! -e $R/$name.done ]; do pause; done; done; }        # wait until these runs are done
 files() { local t; for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }
-twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, gets twice the prompts
+twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                                # compose, the hardest task, counts twice: in prompts and in the merge
 loras() { local name; for name; do echo $name=$R/$name/lora; done; }
 teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
 guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }                  # the two teachers that guidance makes better, see (f)
@@ -57,6 +57,8 @@ for s in $SEEDS; do
     run merge python cold_start.py merge --teachers $(teachers "$ALL")
     run sft-$s python cold_start.py sft --teachers $(teachers "$ALL") --prompts $(files "$ALL" train) \
         --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s
+    run sft-kl-$s python cold_start.py sft --teachers $(teachers "$ALL") --prompts $(files "$ALL" train) \
+        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s --weighting kl
     need merge
 
     # stage 3: Flow-OPD, from every start, and GRPO-Mix from the same starts with as many pictures: 5 rollouts of 256, 40 updates of 32
@@ -65,8 +67,10 @@ for s in $SEEDS; do
     run opd-kl-$s $(distill "$ALL") --init $R/merge/lora $mar --weighting kl
     run opd-guided-$s $(distill "$ALL" | guided) --init $R/merge/lora $mar
     run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 $mar
-    need sft-$s
+    run opd-kl-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 $mar --weighting kl
+    need sft-$s sft-kl-$s
     run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora $mar
+    run opd-kl-sft-$s $(distill "$ALL") --init $R/sft-kl-$s/lora $mar --weighting kl
     run mix-none-$s $(grpo "$ALL") $large --steps 5 --seed $s
     run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 5 --seed $s
     run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 5 --seed $s
@@ -81,10 +85,11 @@ done
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 ocr sft opd-{merge,kl,guided,none,sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
+need $(each mix stack2 ocr sft sft-kl opd-{merge,kl,guided,none,sft,kl-none,kl-sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
 evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
     compose-guided-0=$R/compose-0/lora,guidance=1.5 ocr-guided-0=$R/ocr-0/lora,guidance=1.5 \
-    $(each ocr stack2 mix sft mix-{none,sft,merge} opd-{none,sft,merge,kl,guided}) $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
+    $(each ocr stack2 mix sft sft-kl mix-{none,sft,merge} opd-{none,sft,merge,kl,guided,kl-none,kl-sft}) \
+    $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new

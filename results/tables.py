@@ -101,21 +101,24 @@ main = table("(b) The main table", "test", {
 test, rows = read("test"), []
 for arm in ("opd-merge", "opd-kl", "opd-guided"):
     own = {t: f"{t}-guided-0" if arm == "opd-guided" and t != "scene" else f"{t}-0" for t in TASKS}
-    gaps = [paired("test", test[arm], test["mix"]), *(paired("test", test[arm], test[own[t]], [t]) for t in TASKS)]
+    gaps = [*(paired("test", test[arm], test[mix]) for mix in ("mix", "mix-guided")), *(paired("test", test[arm], test[own[t]], [t]) for t in TASKS)]
     rows.append(f"| {main[arm]['model']} | " + " | ".join(f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})" for gap, error in gaps) + " |")
 page.append("What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; paired by prompt and noise, in brackets "
-            "the number of standard errors:\n\n| model | average, over GRPO-Mix | compose, over its teacher | ocr | scene |\n|---|---|---|---|---|\n" +
-            "\n".join(rows))
+            "the number of standard errors:\n\n| model | average, over GRPO-Mix | over it with guidance 1.5 | compose, over its teacher | ocr | scene |\n"
+            "|---|---|---|---|---|---|\n" + "\n".join(rows))
 by_step = {arm: log(f"{arm}-0", "kl_by_sigma")[-1][1] for arm in ("opd-merge", "opd-kl")}
-page.append("The KL to the teachers at each step after the last update, seed 0, over its like under `--weighting kl`: " + ", ".join(
+page.append("The KL to the teachers at each step of the last rollout, seed 0, over its like under `--weighting kl`: " + ", ".join(
     f"{by_step['opd-merge'][t] / by_step['opd-kl'][t]:.2f} at t = {float(t):.2f}" for t in by_step["opd-kl"]) +
     f". Under `--weighting kl` {list(by_step['opd-kl'].values())[-1] / sum(by_step['opd-kl'].values()):.0%} of it is the last step's.")
 table("(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1280", "test", {
     "no cold start": "base", "no cold start, GRPO-Mix": "mix-none", "no cold start, Flow-OPD": "opd-none",
     "SFT": "sft", "SFT, then GRPO-Mix": "mix-sft", "SFT, then Flow-OPD": "opd-sft",
-    "merge": "merge", "merge, then GRPO-Mix": "mix-merge", "merge, then Flow-OPD": "opd-merge"})
+    "merge": "merge", "merge, then GRPO-Mix": "mix-merge", "merge, then Flow-OPD": "opd-merge",
+    "`--weighting kl` (the paper's): no cold start, Flow-OPD": "opd-kl-none", "`--weighting kl`: SFT": "sft-kl",
+    "`--weighting kl`: SFT, then Flow-OPD": "opd-kl-sft", "`--weighting kl`: merge, then Flow-OPD": "opd-kl"})
 page.append("The pictures are those of the last stage: 5 rollouts and 20 updates of GRPO-Mix, 40 updates of Flow-OPD. What came before is not counted: the "
-            "teachers' 11,776 pictures, the anchor's 1,024, SFT's 768. The merge has rank 48, the others 16.")
+            "teachers' 11,776 pictures, the anchor's 1,024, SFT's 768. The merge has rank 48, the others 16. Teachers and GRPO-Mix are the best of "
+            "their validated checkpoints (here of rollouts 4 and 5), SFT and Flow-OPD the last update.")
 table("(d) MAR, 24 updates: quality on all prompts and diversity within a prompt (validation prompts, two pictures each)", "pairs", {
     "base": "base", "the anchor": "quality-0", "GRPO-Mix": "mix", "merge": "merge", "Flow-OPD, no MAR": "opd-noanchor",
     "MAR, the base as anchor": "opd-baseanchor", "MAR, the quality teacher as anchor": "opd-anchor",
@@ -124,8 +127,8 @@ everyone = {"base": "base", **teachers, "GRPO-Mix": "mix", "merge": "merge", "Fl
 table("(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)", "new", everyone)
 table("(e) Two skills at once: a sign in a scene", "both", everyone)
 table("(f) One change at a time, 8 rollouts from the merge without an anchor (validation prompts; the last column is paired by prompt and noise)", "val", {
-    "merge, the start": "merge", "**the default**": "try-default", "`--objective ppo` (two updates a rollout)": "try-ppo",
-    "`--objective ppo-paper` (two)": "try-ppo-paper",
+    "merge, the start": "merge", "**the default**": "try-default", "`--objective ppo --lr 5e-4 --clip-range 0.1` (two updates a rollout)": "try-ppo",
+    "`--objective ppo-paper --lr 5e-4 --clip-range 0.1` (two)": "try-ppo-paper",
     "`--weighting kl`": "try-kl", "`--sde ode`": "try-ode", "`--sde cps`": "try-cps", "`--label-steps 4`": "try-half",
     "`--label-steps 1`": "try-one", "`--label-steps 1`, 20 rollouts": "try-danceopd", "`--schedule alternate`": "try-alternate",
     "two teachers: compose, ocr": "try-two-teachers", "one teacher: compose": "try-one-teacher",
@@ -134,10 +137,12 @@ table("(f) One change at a time, 8 rollouts from the merge without an anchor (va
 val = read("val")
 page.append("The teachers on their own tasks, without guidance and guided by 1.5: " + "; ".join(
     f"{t} {val[f'{t}-0'][0]['scores'][t]:.3f}, {val[f'{t}-guided-0'][0]['scores'][t]:.3f}" for t in TASKS) + ".")
-seconds = {arm: sorted(v for run in read_runs(arm) for _, v in log(run, "seconds")) for arm in
-           ("opd-merge", "opd-guided", "try-default", "try-ppo", "try-half", "try-one", "try-ode", "try-svd", "sft", "mix")}
-page.append("Median seconds of a rollout and its updates, with one thread (mix: 256 pictures, the others 32): " +
-            ", ".join(f"{arm} {s[len(s) // 2]:.1f}" for arm, s in seconds.items()) + ".")
+seconds = {label: sorted(v for run in read_runs(arm) for _, v in log(run, "seconds")) for label, arm in {
+    "GRPO-Mix (256 pictures, 4 updates)": "mix", "SFT (32 pictures, one update, as the others)": "sft", "Flow-OPD": "opd-merge",
+    "with two guided teachers": "opd-guided", "without an anchor": "try-default", "and half of the steps labelled": "try-half", "or one": "try-one", "or ODE rollouts": "try-ode",
+    "or ppo (two updates)": "try-ppo", "or from a start of rank 16": "try-svd"}.items()}
+page.append("Median seconds of a rollout and its updates, one thread, two runs at a time: " +
+            ", ".join(f"{label} {s[len(s) // 2]:.1f}" for label, s in seconds.items()) + ".")
 write(os.path.join(HERE, "tables.md"), "\n\n".join(page) + "\n")
 write_json(os.path.join(HERE, "tables.json"), tables)
 readme = os.path.join(os.path.dirname(HERE), "README.md")

@@ -35,6 +35,11 @@ def read(evaluation):
             row["stderr"]["average"] = math.sqrt(sum(row["stderr"][t] ** 2 for t in TASKS)) / 3
         for arm in {row["model"], re.sub(r"-\d+$", "", row["model"])}:
             arms.setdefault(arm, []).append(row)
+    own = {t: arms[f"{t}-0"][0] for t in TASKS if f"{t}-0" in arms and t in arms[f"{t}-0"][0]["scores"]}
+    if len(own) == 3:  # the three teachers, each on its own task, as one model: about what a student of theirs can reach
+        scores, stderr = ({t: own[t][kind][t] for t in TASKS} for kind in ("scores", "stderr"))
+        scores["average"], stderr["average"] = sum(scores.values()) / 3, math.sqrt(sum(e ** 2 for e in stderr.values())) / 3
+        arms["teachers"] = [{"model": "{task}-0", "scores": scores, "stderr": stderr}]
     return arms
 
 
@@ -67,7 +72,7 @@ def paired(evaluation, runs, others, tasks=TASKS):
     is far more exact than two tables' errors. The error has two parts, of the prompts (gaps averaged over seeds) and of the seeds; an arm with
     one run is set against every seed of the other, and adds no seed error of its own."""
     def scores(run, task):
-        files = glob.glob(os.path.join(RUNS, evaluation, run["model"], task, "scores*.jsonl"))
+        files = glob.glob(os.path.join(RUNS, evaluation, run["model"].format(task=task), task, "scores*.jsonl"))
         rows = [json.loads(line) for file in files for line in open(file) if line.strip()]
         return {r["picture"]: r["score"] for r in rows if r["reward"].split()[0] == f"toy.{task}"}
     gaps = []  # of each task: (seeds, prompts)
@@ -95,7 +100,8 @@ page, tables = [], {}
 teachers = {f"{t} (GRPO teacher)": f"{t}-0" for t in TASKS}
 table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRPO on ocr, scene": "stack2", "GRPO on ocr, scene, compose (GRPO-Mix)": "mix"})
 main = table("(b) The main table", "test", {
-    "base": "base", **teachers, "quality (GRPO teacher, the anchor)": "quality-0", "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
+    "base": "base", **teachers, "these three, each on its own task": "teachers", "quality (GRPO teacher, the anchor)": "quality-0",
+    "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
     "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge", "the same, `--weighting kl` (the paper's)": "opd-kl",
     "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
 test, rows = read("test"), []
@@ -106,6 +112,9 @@ for arm in ("opd-merge", "opd-kl", "opd-guided"):
 page.append("What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; paired by prompt and noise, in brackets "
             "the number of standard errors:\n\n| model | average, over GRPO-Mix | over it with guidance 1.5 | compose, over its teacher | ocr | scene |\n"
             "|---|---|---|---|---|---|\n" + "\n".join(rows))
+(gap, error), (guided_gap, guided_error) = (paired("test", test["teachers"], test[mix]) for mix in ("mix", "mix-guided"))
+page.append(f"The three teachers, each on its own task, are {gap:+.3f} ± {error:.3f} over GRPO-Mix and {guided_gap:+.3f} ± {guided_error:.3f} over it with "
+            "guidance: about all that a student of theirs can win.")
 by_step = {arm: log(f"{arm}-0", "kl_by_sigma")[-1][1] for arm in ("opd-merge", "opd-kl")}
 page.append("The KL to the teachers at each step of the last rollout, seed 0, over its like under `--weighting kl`: " + ", ".join(
     f"{by_step['opd-merge'][t] / by_step['opd-kl'][t]:.2f} at t = {float(t):.2f}" for t in by_step["opd-kl"]) +

@@ -49,9 +49,9 @@ add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]",
     help="one teacher a task, a LoRA or a full fine-tune; weight: its share of prompts and of --init merge")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts of every teacher's task (.txt or .jsonl)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's aesthetic teacher: a LoRA or a full fine-tune, `base`, or `none`: no MAR")
-# The paper's; on the toy it changes nothing that can be measured. At 0.2 quality on all prompts rose by 0.03 and one task fell by 0.03 (README, d).
+# The paper's; on the toy it changes nothing that can be measured. At 0.2 quality on all prompts rose by 0.04 and one task fell by 0.03 (README, d).
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
-# merge costs nothing and is at once on the way; after 40 updates SFT (0.002 behind) and an untrained student (0.006) have all but caught up. It
+# merge costs nothing and is at once on the way; after 40 updates SFT (0.003 behind) and an untrained student (0.008) have all but caught up. It
 # takes LoRAs to merge, so with --model it has to be asked for.
 add("--init", default="none", help="where the student starts: a LoRA, `merge`: the exact average of the teachers, or `none`: untrained")
 add("--out", default="out/distill", help="folder of the run")
@@ -64,12 +64,12 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance of stu
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
-# kl is the exact gradient. ppo estimates it from sampled actions: after 8 rollouts it is three quarters of the way, at twice the time, with a
+# kl is the exact gradient. ppo estimates it from sampled actions: after 8 rollouts it is seven tenths of the way, at twice the time, with a
 # quarter of the learning rate, for its noise, and --clip-range 0.1. ppo-paper, so too, ends where it began or below: its expected gradient is zero.
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
-# uniform: most of the KL comes from the last step learnt, so under w(t) the noisier ones, which decide what is drawn, lag behind: by 0.043 of the
-# average score after 8 updates, 0.02 after 40. The paper's is kl.
+# uniform: most of the KL comes from the last step learnt, so under w(t) the noisier ones, which decide what is drawn, lag behind: by 0.039 of the
+# average score after 8 updates, 0.025 after 40. The paper's is kl.
 add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the steps' velocity distances: the KL's own w(t), as in the paper, or alike")
 # All, as in the paper. Half of them taught as much in 8 updates, in three fifths of the time, and is worth trying; one low-noise step is too few,
 # even given as much time.

@@ -50,6 +50,7 @@ for s in $SEEDS; do
     # GRPO on three, two and one of the rewards, with as many pictures and updates as their teachers together
     run mix-$s $(grpo "$ALL") $large --eval-every 23 --steps 46 --seed $s
     run stack2-$s $(grpo "ocr scene") $small --eval-every 7 --steps 28 --seed $s
+    run compose-$s $(grpo compose) $large --steps 32 --seed $s                       # how much a teacher owes to its seed
     run ocr-$s $(grpo ocr) $small --steps 16 --seed $s
     need compose-0 ocr-0 scene-0 quality-0
 
@@ -85,10 +86,10 @@ done
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 ocr sft sft-kl opd-{merge,kl,guided,none,sft,kl-none,kl-sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
-evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras compose-0 scene-0 quality-0 merge) \
+need $(each mix stack2 compose ocr sft sft-kl opd-{merge,kl,guided,none,sft,kl-none,kl-sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
+evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras scene-0 quality-0 merge) \
     compose-guided-0=$R/compose-0/lora,guidance=1.5 ocr-guided-0=$R/ocr-0/lora,guidance=1.5 \
-    $(each ocr stack2 mix sft sft-kl mix-{none,sft,merge} opd-{none,sft,merge,kl,guided,kl-none,kl-sft}) \
+    $(each compose ocr stack2 mix sft sft-kl mix-{none,sft,merge} opd-{none,sft,merge,kl,guided,kl-none,kl-sft}) \
     $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new

@@ -105,6 +105,9 @@ main = table("(b) The main table", "test", {
     "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge", "the same, `--weighting kl` (the paper's)": "opd-kl",
     "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
 test, rows = read("test"), []
+page.append("These teachers are of seed 0. Over the seeds, on their own tasks: " + "; ".join(
+    f"{t} {own['scores'][t]:.3f} ± {own['stderr'][t]:.3f}, " + ", ".join(f"{run['scores'][t]:.3f}" for run in test[t])
+    for t in ("compose", "ocr") for own in [summary(test[t], t)]) + ".")
 for arm in ("opd-merge", "opd-kl", "opd-guided"):
     own = {t: f"{t}-guided-0" if arm == "opd-guided" and t != "scene" else f"{t}-0" for t in TASKS}
     gaps = [*(paired("test", test[arm], test[mix]) for mix in ("mix", "mix-guided")), *(paired("test", test[arm], test[own[t]], [t]) for t in TASKS)]

@@ -24,14 +24,18 @@ def launch(processes, script, *argv):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_two_processes_make_the_update_of_one(script, tmp_path):
-    weights, validation = [], few("test", 2, str(tmp_path))
+    weights, norms, validation = [], [], few("test", 2, str(tmp_path))
     few_prompts = {"distill.py": validation, "train_teacher.py": validation[:1]}.get(script)
     for processes in (1, 2):
         launch(processes, script, *COMMANDS[script], "--batch-size", 8 // processes, "--out", tmp_path / str(processes),
                *(["--eval-prompts", *few_prompts] if few_prompts else []))
         state = torch.load(tmp_path / str(processes) / "checkpoints/000002/state.pt", weights_only=True)["weights"]
         weights.append(torch.cat([p.flatten() for name in sorted(state) for p in state[name].values()]))
-    assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()
+        norms.append([row["grad_norm"] for row in map(json.loads, open(tmp_path / str(processes) / "log.jsonl")) if "grad_norm" in row])
+    # Adam divides by the gradient's size, so where it is all but zero rounding can turn an update around: a few weights of 190,000, here
+    # 6e-5 of the norm and elsewhere 1e-7. Other noise moves the weights by 0.08 of it.
+    assert (weights[0] - weights[1]).norm() < 1e-3 * weights[0].norm()
+    assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-3)  # which Adam does not see
 
 
 def test_evaluation_counts_every_prompt_once(tmp_path):

@@ -52,6 +52,7 @@ for s in $SEEDS; do
     run stack2-$s $(grpo "ocr scene") $small --eval-every 7 --steps 28 --seed $s
     run compose-$s $(grpo compose) $large --steps 32 --seed $s                       # how much a teacher owes to its seed
     run ocr-$s $(grpo ocr) $small --steps 16 --seed $s
+    run scene-$s $(grpo scene) $small --steps 12 --seed $s
     need compose-0 ocr-0 scene-0 quality-0
 
     # stage 2: cold starts
@@ -76,6 +77,12 @@ for s in $SEEDS; do
     run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 5 --seed $s
     run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 5 --seed $s
 
+    # the same with teachers of its own seed: a teacher's luck is its student's
+    need compose-$s ocr-$s scene-$s
+    run merge-own-$s python cold_start.py merge --teachers $(teachers "$ALL" | sed "s/-0\/lora/-$s\/lora/")
+    need merge-own-$s
+    run opd-own-$s $(distill "$ALL" | sed "s/-0\/lora/-$s\/lora/g") --init $R/merge-own-$s/lora $mar
+
     # MAR: without, with the base as anchor, and with the quality teacher, also at ten times the weight
     brief="--init $R/merge/lora --steps 24 --seed $s"
     run opd-noanchor-$s $(distill "$ALL") $brief --anchor none
@@ -86,10 +93,10 @@ done
 # -- what came of it, on test prompts ----------------------------------------------------------------------------------------------
 each() { local name s; for name; do for s in $SEEDS; do loras $name-$s; done; done; }                # every seed of an arm
 SCORES="--reward toy.compose toy.ocr toy.scene toy.quality"
-need $(each mix stack2 compose ocr sft sft-kl opd-{merge,kl,guided,none,sft,kl-none,kl-sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
-evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras scene-0 quality-0 merge) \
+need $(each mix stack2 compose ocr scene sft sft-kl opd-{merge,own,kl,guided,none,sft,kl-none,kl-sft,noanchor,baseanchor,strong} mix-{none,sft,merge} | sed 's/=.*//')
+evaluate test --tasks $(files "$ALL" test) $SCORES --models base $(loras quality-0 merge) \
     compose-guided-0=$R/compose-0/lora,guidance=1.5 ocr-guided-0=$R/ocr-0/lora,guidance=1.5 \
-    $(each compose ocr stack2 mix sft sft-kl mix-{none,sft,merge} opd-{none,sft,merge,kl,guided,kl-none,kl-sft}) \
+    $(each compose ocr scene stack2 mix sft sft-kl mix-{none,sft,merge} opd-{none,sft,merge,own,kl,guided,kl-none,kl-sft}) \
     $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
 new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge) $(each mix opd-merge)"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt --reward toy.compose toy.ocr toy.quality $new

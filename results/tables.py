@@ -102,14 +102,15 @@ table("(a) Reward stacking", "test", {"base": "base", "GRPO on ocr": "ocr", "GRP
 main = table("(b) The main table", "test", {
     "base": "base", **teachers, "these three, each on its own task": "teachers", "quality (GRPO teacher, the anchor)": "quality-0",
     "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
-    "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge", "the same, `--weighting kl` (the paper's)": "opd-kl",
+    "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge",
+    "the same, every seed with teachers of its own": "opd-own", "the same, `--weighting kl` (the paper's)": "opd-kl",
     "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
 test, rows = read("test"), []
 page.append("These teachers are of seed 0. Over the seeds, on their own tasks: " + "; ".join(
     f"{t} {own['scores'][t]:.3f} ± {own['stderr'][t]:.3f}, " + ", ".join(f"{run['scores'][t]:.3f}" for run in test[t])
-    for t in ("compose", "ocr") for own in [summary(test[t], t)]) + ".")
-for arm in ("opd-merge", "opd-kl", "opd-guided"):
-    own = {t: f"{t}-guided-0" if arm == "opd-guided" and t != "scene" else f"{t}-0" for t in TASKS}
+    for t in TASKS for own in [summary(test[t], t)]) + ".")
+for arm in ("opd-merge", "opd-own", "opd-kl", "opd-guided"):
+    own = {t: t if arm == "opd-own" else f"{t}-guided-0" if arm == "opd-guided" and t != "scene" else f"{t}-0" for t in TASKS}
     gaps = [*(paired("test", test[arm], test[mix]) for mix in ("mix", "mix-guided")), *(paired("test", test[arm], test[own[t]], [t]) for t in TASKS)]
     rows.append(f"| {main[arm]['model']} | " + " | ".join(f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})" for gap, error in gaps) + " |")
 page.append("What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; paired by prompt and noise, in brackets "

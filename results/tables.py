@@ -103,8 +103,8 @@ main = table("(b) The main table", "test", {
     "base": "base", **teachers, "these three, each on its own task": "teachers", "quality (GRPO teacher, the anchor)": "quality-0",
     "GRPO-Mix": "mix", "SFT alone": "sft", "merge alone": "merge",
     "Flow-OPD from SFT": "opd-sft", "**Flow-OPD from merge**": "opd-merge",
-    "the same, every seed with teachers of its own": "opd-own", "the same, `--weighting kl` (the paper's)": "opd-kl",
-    "the same, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
+    "Flow-OPD from merge, every seed with teachers of its own": "opd-own", "Flow-OPD from merge, `--weighting kl` (the paper's)": "opd-kl",
+    "Flow-OPD from merge, compose and ocr taught with guidance 1.5": "opd-guided", "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided"})
 test, rows = read("test"), []
 page.append("These teachers are of seed 0. Over the seeds, on their own tasks: " + "; ".join(
     f"{t} {own['scores'][t]:.3f} ± {own['stderr'][t]:.3f}, " + ", ".join(f"{run['scores'][t]:.3f}" for run in test[t])

@@ -27,6 +27,7 @@ twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                             
 loras() { local name; for name; do echo $name=$R/$name/lora; done; }
 teachers() { local t; for t in $1; do echo $t=$R/$t-0/lora${2:-}; done | twice; }
 guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }                  # the two teachers that guidance makes better, see (f)
+own() { sed "s/-0\/lora/-$s\/lora/g"; }                                             # the teachers of seed s
 
 grpo() { echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) --reward $(printf 'toy.%s ' $1) \
     --save-every 4 --eval-every 4; }
@@ -79,9 +80,9 @@ for s in $SEEDS; do
 
     # the same with teachers of its own seed: a teacher's luck is its student's
     need compose-$s ocr-$s scene-$s
-    run merge-own-$s python cold_start.py merge --teachers $(teachers "$ALL" | sed "s/-0\/lora/-$s\/lora/")
+    run merge-own-$s python cold_start.py merge --teachers $(teachers "$ALL" | own)
     need merge-own-$s
-    run opd-own-$s $(distill "$ALL" | sed "s/-0\/lora/-$s\/lora/g") --init $R/merge-own-$s/lora $mar
+    run opd-own-$s $(distill "$ALL" | own) --init $R/merge-own-$s/lora $mar
 
     # MAR: without, with the base as anchor, and with the quality teacher, also at ten times the weight
     brief="--init $R/merge/lora --steps 24 --seed $s"

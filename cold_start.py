@@ -19,7 +19,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, end_processes, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
+from flow_sde import (SD3, WEIGHTINGS, StopSignal, die, end_processes, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
                       plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
                       save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition, truncate_lora, update_average,
                       write_json)
@@ -50,7 +50,7 @@ add("--guidance", type=float, default=4.5, help="classifier-free guidance of stu
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
-add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the steps' velocity distances, as in distill.py")
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps' velocity distances, as in distill.py")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--micro-batch-size", type=int, default=1, help="samples per forward")
 add("--steps", type=int, default=1000, help="updates")
@@ -59,6 +59,7 @@ add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -112,7 +113,8 @@ if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 accelerator = start_processes(args.track, out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
+            args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
 for task, spec in teachers.items():
     model.load_teacher(task, spec["value"])
@@ -126,7 +128,7 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last step, as in distill.py
 transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde
-scale = step_weights(zip(sigmas, sigmas[1:]), args.noise_level, kl_sde, args.weighting)
+scale = step_weights(list(zip(sigmas, sigmas[1:])), args.noise_level, kl_sde, args.weighting)
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}

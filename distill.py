@@ -5,11 +5,12 @@ are LoRA adapters on one frozen base, so memory hardly grows with their number. 
 
     python distill.py                                                     # the toy: three teachers, two CPU cores, minutes
     torchrun --nproc_per_node=8 distill.py --model stabilityai/stable-diffusion-3.5-medium \\
-        --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval,guidance=1 ocr=jieliu/SD3.5M-FlowGRPO-Text \\
+        --teachers geneval=jieliu/SD3.5M-FlowGRPO-GenEval ocr=jieliu/SD3.5M-FlowGRPO-Text \\
         --prompts geneval=geneval.jsonl ocr=ocr.txt --init merge --anchor CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix
 
 A step's KL is w(t) times the squared distance of the two velocities. `--weighting kl` leaves it so, as in the paper; by default w(t) gives way to its
-mean, since most of the KL comes from the last step learnt and the noisier ones, which decide what is drawn, would lag behind.
+mean, since most of the KL comes from the last step learnt and the noisier ones, which decide what is drawn, would lag behind. `step_weights` has the
+other two: what the paper's released code descends, and DiffusionOPD's.
 
 Objectives. `kl` (default) differentiates this loss. `ppo` is the clipped policy gradient with the action-dependent
 reward log pi_teacher(a|s) - log pi_student(a|s), whose expected gradient is the same, with more noise. `ppo-paper` is the
@@ -24,10 +25,11 @@ import os
 import re
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
+from flow_sde import (SD3, WEIGHTINGS, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
                       parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
                       run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition,
                       update_average, write_json)
@@ -61,6 +63,7 @@ add("--num-steps", type=int, default=10, help="sampling steps while training (pa
 # A guided teacher (TASK=LORA,guidance=G) can be better than itself, and teach a student that is then sampled with --guidance 1, at half the cost.
 add("--guidance", type=float, default=4.5, help="classifier-free guidance of student, anchor and teachers without their own")
 # Students learn as much on the states of any of the three; flow is the paper's, and ppo needs its noise.
+# CPS: log_prob is the density of its step; public codes leave out 1/(2 std^2), so their clip ranges mean something else.
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
@@ -70,10 +73,10 @@ add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl",
     help="closed-form KL; clipped policy gradient; the same with the paper's reward (zero expected gradient)")
 # uniform: most of the KL comes from the last step learnt, so under w(t) the noisier ones, which decide what is drawn, lag behind: by 0.039 of the
 # average score after 8 updates, 0.025 after 40. The paper's is kl.
-add("--weighting", choices=["kl", "uniform"], default="uniform", help="of the steps' velocity distances: the KL's own w(t), as in the paper, or alike")
-# All, as in the paper. Half of them taught as much in 8 updates, in three fifths of the time, and is worth trying; one low-noise step is too few,
-# even given as much time.
-add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, evenly spread up to the last and least noisy; 0: all")
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps' velocity distances: alike; the KL's w(t), as in the paper; see above")
+add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, drawn anew for every rollout; 0: all, as in the paper")
+add("--label-density", type=float, nargs=2, default=[1, 1], metavar=("A", "B"),
+    help="Beta distribution they are drawn from, 0 the first step, 1 the last (1 1: uniform; DanceOPD: 5 2)")
 # mixed: at equal updates, whole updates in turn were 0.08 behind, nearly all of it on the task furthest from its teacher.
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
@@ -89,6 +92,7 @@ add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 upd
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -130,9 +134,11 @@ if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive (for deterministic rollouts: --sde ode)")
 if not 0 <= args.label_steps < args.num_steps:
     die(f"--label-steps {args.label_steps}: must lie in 0..{args.num_steps - 1}, one less than --num-steps")
+if min(args.label_density) <= 0:
+    die(f"--label-density {' '.join(map(str, args.label_density))}: both must be positive")
 if args.objective != "kl" and args.sde == "ode":
     die(f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
-if args.schedule == "alternate" and any(s["weight"] != int(s["weight"]) for s in teachers.values()):
+if args.schedule == "alternate" and any(s["weight"] % 1 for s in teachers.values()):
     die("--schedule alternate: the teachers' weights are numbers of updates, so they must be whole")
 if args.objective == "ppo-paper":
     print("note: ppo-paper's reward depends on the state alone, so its expected gradient is zero: it is here to be seen not to learn")
@@ -140,7 +146,8 @@ if args.objective == "ppo-paper":
 # -- devices and models: one frozen base, everyone else an adapter on it ------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
+            args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
 if rank == 0:
     check_rewards(rewards, eval_prompts, args.resolution, tasks=prompts)  # on the CPU: they come back only for the table at the end
@@ -169,9 +176,8 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]
 transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
-count = args.label_steps or transitions
-labelled = [(i + 1) * transitions // count - 1 for i in range(count)]  # evenly spread, the last among them
-factor = step_weights([sigmas[k:k + 2] for k in labelled], args.noise_level, kl_sde, args.weighting)  # {t: factor of its KL}, the labelled steps
+count = args.label_steps or transitions  # steps labelled in a rollout
+factor = step_weights([sigmas[k:k + 2] for k in range(transitions)], args.noise_level, kl_sde, args.weighting)  # {t: factor of its KL}
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
@@ -186,6 +192,16 @@ if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})
 stop, stopping = StopSignal(), False
 fixed_rows = {}  # of the picture grid: drawn once
+
+
+def labelled_steps(step):
+    """The times t of this rollout's steps that are labelled, without repetition, a pure function of (seed, step). Uniformly drawn, their mean
+    loss is an unbiased estimate of the whole rollout's; with another density that is what weighs its steps."""
+    rng = np.random.default_rng([args.seed, step, 1])
+    drawn = set(range(transitions)) if count == transitions else set()
+    while len(drawn) < count:
+        drawn.add(min(int(rng.beta(*args.label_density) * transitions), transitions - 1))
+    return [sigmas[k] for k in sorted(drawn)]
 
 
 def label(x, t, cond, tasks):
@@ -206,7 +222,7 @@ def divergence(x, v, v_teacher, v_anchor, t, t_next):
 def update():
     """One optimizer step on the mean gradient over samples, steps and dimensions; returns its norm before clipping. A broken gradient
     changes nothing."""
-    reduce_gradients(params, world * samples * len(factor) * dimensions)
+    reduce_gradients(params, world * samples * count * dimensions)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -238,14 +254,12 @@ for step in progress:
     began = time.time()
 
     # pick prompts: a prompt's task decides its teacher
-    shares = weights
-    if args.schedule == "alternate":  # whole updates in turn, a task of weight w getting w of them in a row
-        turns = [task for task in teachers for _ in range(int(weights[task]))]
-        shares = {task: float(task == turns[step % len(turns)]) for task in teachers}
-    chosen = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world)[rank * args.batch_size:(rank + 1) * args.batch_size]
+    chosen = pick_prompts(prompts, weights, args.seed, step, args.batch_size * world, args.schedule)
+    chosen = chosen[rank * args.batch_size:(rank + 1) * args.batch_size]
+    labelled = labelled_steps(step)
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
-    kl_by_task = torch.zeros(len(teachers), len(factor), device=device)  # sums, for the log
+    kl_by_task = torch.zeros(len(teachers), count, device=device)  # sums, for the log
     anchor_sum = torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -261,11 +275,11 @@ for step in progress:
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once
         def student(x, t):
-            with torch.set_grad_enabled(args.objective == "kl" and t in factor):
+            with torch.set_grad_enabled(args.objective == "kl" and t in labelled):
                 return model.velocity(x, t, cond, "student", args.guidance)
 
         for x, v, t, t_next, x_next, old in rollout(student, draw(), sigmas, args.noise_level, args.sde, draw):
-            if t not in factor:
+            if t not in labelled:
                 continue
             # label: the teacher's and the anchor's whole velocity at the state visited (who answers is named with every call, so asking
             # them between the student's forward and its backward is safe)
@@ -282,8 +296,10 @@ for step in progress:
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
-            kl_by_task[:, list(factor).index(t)].index_add_(0, index, to_teacher.detach())
+            kl_by_task[:, labelled.index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
+            if t == labelled[-1]:  # nobody asks where the rest of the trajectory leads
+                break
 
     if stopping := stop.arrived(device):  # any process was told to leave: all give up the update in hand
         break
@@ -298,7 +314,7 @@ for step in progress:
             v = model.velocity(x, t, cond, "student", args.guidance)
             mean, std = transition(x, v, t, t_next, args.noise_level, args.sde)
             to_anchor = kl(mean, transition(x, v_anchor, t, t_next, args.noise_level, args.sde)[0], std) if anchor else 0.0
-            loss = clipped_surrogate(log_prob(x_next, mean, std), old, advantage, args.clip_range) + args.anchor_weight * to_anchor
+            loss = clipped_surrogate(log_prob(x_next, mean, std) - old, advantage, args.clip_range) + args.anchor_weight * to_anchor
             (loss.sum() * factor[t] * dimensions).backward()
         if k == 0 and (stopping := stop.arrived(device)):
             break
@@ -308,7 +324,7 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * len(factor)
+    counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * count
     reduce_sum(kl_by_task), reduce_sum(anchor_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
     if not math.isfinite(norm + sum(kls.values())):
@@ -323,7 +339,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = (step + 1) % args.eval_every == 0 or last
     if now_and_then:
-        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, factor), (kl_by_task.sum(0) / counts.sum() * len(factor)).tolist()))
+        record["kl_by_sigma"] = dict(zip(map("{:.3f}".format, labelled), (kl_by_task.sum(0) / counts.sum() * count).tolist()))
     if args.track:
         accelerator.log({k: v for k, v in record.items() if k != "kl_by_sigma"}, step=step + 1)
     if rank == 0:

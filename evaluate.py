@@ -54,6 +54,7 @@ add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
@@ -120,7 +121,7 @@ for name, task in files if rank == 0 else ():
         settings = {"pictures": hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}
     else:
         settings = {"model": fingerprint(args.model), "LoRA": fingerprint(specs[name]["value"]) if name in specs else None,
-                    "guidance": guidance[name], **{k: getattr(args, k) for k in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5")}}
+                    "guidance": guidance[name], **{k: getattr(args, k) for k in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length")}}
     settings |= {"prompts": fingerprint(task_files[task]), "samples_per_prompt": args.samples_per_prompt}
     if os.path.exists(path := os.path.join(place, "settings.json")):
         before = json.load(open(path))
@@ -150,7 +151,7 @@ for name, task in files:
         if missing or any(unscored.values()):
             jobs.append((name, task, batch, {n: some for n, some in unscored.items() if some}, missing))
 if any(missing for *_, missing in jobs):
-    model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders)
+    model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])

@@ -87,21 +87,44 @@ def kl(mean, mean_teacher, std):
     return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std ** 2)
 
 
+WEIGHTINGS = ("uniform", "kl", "kl-dt", "dt2")
+
+
 def step_weights(steps, noise_level, sde, weighting):
-    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t) times its velocity distance
-    mean (v - v_teacher)^2. `kl` leaves it at that (factor 1: the paper's loss); `uniform` weighs all distances alike, by the mean of these w(t),
-    so that the loss as a whole stays as large as the KL."""
+    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t) times its
+    velocity distance d = mean (v - v_teacher)^2.
+
+    kl       w(t) d: the KL itself, the paper's loss
+    uniform  the mean of all steps' w(t), times d: steps weigh alike, and the loss as a whole stays as large as the KL
+    kl-dt    dt w(t) d: what the released code of Flow-OPD descends, since its std leaves dt out
+    dt2      dt^2/2 d: the distance of two deterministic steps (DiffusionOPD, arXiv 2605.15055)"""
     w = {}
     for t, t_next in steps:
         mean, std = transition(0.0, 1.0, t, t_next, noise_level, sde)  # of a distance of 1
         w[t] = mean ** 2 / (2 * std ** 2)
-    return {t: sum(w.values()) / len(w) / wt if weighting == "uniform" else 1.0 for t, wt in w.items()}
+    if weighting == "kl":
+        return dict.fromkeys(w, 1.0)
+    if weighting == "uniform":
+        return {t: sum(w.values()) / len(w) / wt for t, wt in w.items()}
+    if weighting == "kl-dt":
+        return {t: t - t_next for t, t_next in steps}
+    if weighting == "dt2":
+        return {t: (t - t_next) ** 2 / 2 / w[t] for t, t_next in steps}
+    raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
-def clipped_surrogate(log_prob_new, log_prob_old, advantage, clip_range, scale=1.0):
-    """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp((new - old) / scale). All (B,) -> (B,)."""
-    assert log_prob_new.shape == log_prob_old.shape == advantage.shape, "one number per sample each"
-    ratio = torch.exp((log_prob_new - log_prob_old) / scale)
+def centred_log_ratio(x_next, mean, mean_old, std):
+    """log pi(x_next) - log pi_old(x_next) + ||mean - mean_old||^2 / (2 std^2), averaged over dimensions: all (B, ...) -> (B,).
+
+    On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip range would cut
+    one side only; with that mean taken off (GRPO-Guard, arXiv 2510.22319) it is (x_next - mean_old)(mean - mean_old) / std^2."""
+    return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std ** 2
+
+
+def clipped_surrogate(log_ratio, advantage, clip_range):
+    """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp(log pi_new - log pi_old). All (B,) -> (B,)."""
+    assert log_ratio.shape == advantage.shape, "one number per sample each"
+    ratio = torch.exp(log_ratio)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
@@ -158,9 +181,10 @@ class SD3:
 
     dtype is the frozen networks', and what frozen LoRAs are computed in; the trained LoRA, latents, guidance and the SDE are float32.
     use_t5=False leaves out the largest text encoder (its tokens are zeros, as in diffusers); offload keeps the text encoders in the
-    CPU's memory but while they encode."""
+    CPU's memory but while they encode. max_sequence_length is T5's, in tokens."""
 
-    def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False):
+    def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False,
+                 max_sequence_length=256):
         import warnings
         from diffusers import StableDiffusion3Pipeline
         from diffusers.utils import logging as diffusers_logging
@@ -168,6 +192,8 @@ class SD3:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # `dtype` is silently ignored by diffusers 0.37
+        if max_sequence_length > 512:
+            die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most 512")
         has_t5 = check_model(model).get("text_encoder_3", [None])[0] is not None
         try:
             self.pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -187,7 +213,7 @@ class SD3:
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         t5 = self.pipe.tokenizer_3
-        self.max_length = 256 if t5 is None else min(256, t5.model_max_length)
+        self.max_length = max_sequence_length if t5 is None else min(max_sequence_length, t5.model_max_length)
         self.shift = self.pipe.scheduler.config.shift
         self.null = self.encode([""])
 
@@ -508,13 +534,21 @@ def truncate_lora(lora, rank):
 
 
 def locate(path):
-    """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is, a hub id is downloaded once."""
+    """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is; what the hub has, OWNER/REPOSITORY or a folder or
+    a .safetensors file in it, OWNER/REPOSITORY/PATH, is downloaded once."""
     if os.path.exists(path):
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not (m := re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)/?", path)) or path.startswith("."):
         die(f"{path}: no such LoRA folder or file")
-    return fetch(path, ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",  # a LoRA
-                        "config.json", "diffusion_pytorch_model*", "transformer/*"])  # a transformer, alone or of a pipeline
+    repo, inside = m[1], m[2].strip("/")
+    folder, file = os.path.split(inside) if inside.endswith(".safetensors") else (inside, "")
+    wanted = [file, "adapter_config.json"] if file else [
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",  # a LoRA
+        "config.json", "diffusion_pytorch_model*", "transformer/*"]  # a transformer, alone or of a pipeline
+    found = os.path.join(fetch(repo, [os.path.join(folder, name) for name in wanted]), inside)
+    if not os.path.exists(found):
+        die(f"{path}: {repo} is on the hub, but has no {inside}")
+    return found.rstrip("/")
 
 
 def transformer_folder(folder):
@@ -582,9 +616,12 @@ def parse_args(parser, toy):
         parser.set_defaults(**{k: place(v) for k, v in toy.items()})
     args = parser.parse_args()
     for action in parser._actions:
-        value, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
-        if action.type in (int, float) and value is not None and not value >= least:
-            die(f"{action.option_strings[0]} {value}: must be at least {least}")
+        values, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
+        for value in values if isinstance(values, list) else [values]:
+            if action.type in (int, float) and value is not None and not value >= least:
+                die(f"{action.option_strings[0]} {value}: must be at least {least}")
+    if not getattr(args, "ema", 0) < 1:
+        die(f"--ema {args.ema}: must be below 1")
     if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
         die(f"--track {args.track}: pip install {args.track}")
     return args
@@ -653,11 +690,15 @@ def load_prompts(name, path):
     return rows
 
 
-def pick_prompts(prompts, weights, seed, step, count):
-    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). Tasks in proportion to their
-    weights by systematic sampling, so that every batch is as balanced as it can be."""
+def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
+    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). mixed: tasks in proportion to
+    their weights by systematic sampling, so that every batch is as balanced as it can be. alternate: all of one task, each in
+    turn for as many updates as its weight says."""
     rng = np.random.default_rng([seed, step])
     tasks = list(prompts)
+    if schedule == "alternate":
+        turns = [task for task in tasks for _ in range(int(weights[task]))]
+        weights = {task: float(task == turns[step % len(turns)]) for task in tasks}
     edges = np.cumsum([weights[t] for t in tasks]) / sum(weights[t] for t in tasks)
     slots = np.searchsorted(edges, (np.arange(count) + rng.random()) / count, side="right").clip(max=len(tasks) - 1)
     return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
@@ -688,10 +729,10 @@ def end_processes(accelerator, failure=None):
 def reduce_gradients(params, count):
     """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
     Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536
-    dimensions would round to zero in half precision."""
-    flat = reduce_sum(torch.cat([p.grad.flatten() for p in params]))
+    dimensions would round to zero in half precision. A parameter that this process had no use for has a gradient of zero."""
+    flat = reduce_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]))
     for p, g in zip(params, (flat / count).split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
+        p.grad = g.view_as(p)
 
 
 def reduce_sum(tensor):
@@ -706,9 +747,11 @@ def reduce_sum(tensor):
 
 
 def update_average(ema, params, decay, update):
-    """ema <- d ema + (1-d) params after every update, with d = decay^(1/8) (the paper: 0.9 once in 8 updates), smaller at the start."""
-    d = min(decay ** (1 / 8), (1 + update) / (10 + update))
-    torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
+    """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k weighs d^(n-k) / (1 + d + ... + d^(n-1)),
+    with d = decay^(1/8) (the paper: 0.9 once in 8 updates). The weights sum to 1 from the first update on, so where the run
+    started has none, and there is no warm-up to choose."""
+    d = decay ** (1 / 8)
+    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d ** update))
 
 
 def write(path, data):

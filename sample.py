@@ -38,6 +38,7 @@ add("--noise-level", type=float, default=0.0, help="0: deterministic")
 add("--batch-size", type=int, default=4, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the networks (the VAE runs in float32)")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
@@ -47,7 +48,7 @@ if not texts:
     die("nothing to draw: give --prompt TEXT or --prompts FILE")
 if args.merge and (not args.lora or args.no_t5 or os.path.exists(args.merge)):
     die(f"--merge {args.merge}: " + ("that exists already" if os.path.exists(args.merge) else "needs --lora, and no --no-t5: it is a whole pipeline"))
-model = SD3(args.model, getattr(torch, args.dtype), PartialState().device, not args.no_t5, args.offload_text_encoders)
+model = SD3(args.model, getattr(torch, args.dtype), PartialState().device, not args.no_t5, args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
 model.latent_shape(args.resolution)
 if args.lora:
     model.load_adapter("lora", args.lora)

@@ -20,7 +20,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, parse_args,
+from flow_sde import (SD3, StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, parse_args,
                       parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
                       save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
 from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
@@ -28,7 +28,7 @@ from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, pars
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
            eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, dtype="float32", guidance=1.0, eval_num_steps=10,
            batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=120, lr=2e-3, rank=16, alpha=32,
-           ema=0.7, same_noise=True, ratio_norm=True, sde_window=4, clip_range=5e-4, eval_every=10, save_every=10)
+           ema=0.7, same_noise=True, ratio_norm=True, sde_window=4, clip_range=5e-4, beta=0.04, eval_every=10, save_every=10)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -44,7 +44,8 @@ add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
-add("--sde", choices=["flow", "cps"], default="flow", help="the stochastic sampler")
+add("--sde", choices=["flow", "cps"], default="flow",
+    help="the stochastic sampler; cps: Flow-GRPO's log-probability leaves 1/(2 std^2) out, ours does not, so its clip ranges are others")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add("--sde-window", type=int, default=0, help="steps with noise and training, at random in the first half (Flow-GRPO-Fast: 2); 0: all")
 add("--same-noise", action=argparse.BooleanOptionalAction,
@@ -58,14 +59,17 @@ add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
 add("--ratio-norm", action=argparse.BooleanOptionalAction,
-    help="steps weigh alike: log-ratios over their step's scale (GRPO-Guard, arXiv 2510.22319)")
-add("--beta", type=float, default=0.04, help="weight of the KL to the base (paper: 0.04)")
+    help="centred log-ratios over their step's scale: one clip range fits all steps (GRPO-Guard, arXiv 2510.22319)")
+add("--beta", type=float, default=0.009,
+    help="weight of the KL to the base (paper: 0.04; its std is without sqrt(dt), which makes that 0.009 here)")
+add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every rollout, or whole rollouts in turn")
 add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
+add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -96,6 +100,8 @@ if args.group_size < 2 or samples % args.updates_per_rollout:
     die(f"--group-size {args.group_size} must be at least 2, and --batch-size x --group-size a multiple of --updates-per-rollout")
 if not 0 <= args.sde_window <= args.num_steps // 2:
     die(f"--sde-window {args.sde_window}: must lie in 0..{args.num_steps // 2}, half of --num-steps")
+if args.schedule == "alternate" and any(s["weight"] % 1 for s in prompt_specs.values()):
+    die("--schedule alternate: the weights of --prompts are numbers of rollouts, so they must be whole")
 if args.num_steps < 2:
     die("--num-steps 1: the last step is not trained, so there must be at least 2")
 if args.noise_level <= 0:
@@ -104,7 +110,8 @@ if args.noise_level <= 0:
 # -- devices and models ---------------------------------------------------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing)
+model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
+            args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
 check_rewards(rewards, prompts, args.resolution, device)
 check_rewards(rewards, eval_prompts, args.resolution, device, prompts)
@@ -139,6 +146,16 @@ def validate(adapter, label, step):
         return None
     score = sum(rewards[n].weight * s for n, s in row["scores"].items()) / sum(rewards[n].weight for n in row["scores"])
     return {"model": label, "step": step, "score": score} | row
+
+
+def advantages(rewards, tasks):
+    """How much better a picture is than its group, in units of the spread of its task's rewards, within +-5: tasks whose rewards
+    have other scales weigh alike. rewards (groups, group size), tasks: one name a group -> (groups, group size)."""
+    spread = torch.empty(len(rewards), 1)
+    for task in set(tasks):
+        its_groups = torch.tensor([t == task for t in tasks])
+        spread[its_groups] = rewards[its_groups].std()
+    return ((rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)).clamp(-5, 5)
 
 
 def draw_grid():
@@ -186,7 +203,7 @@ for step in range(start, args.steps + 1):
 
     # sample: a group of pictures per prompt, each trajectory a chain of Gaussian transitions
     began = time.time()
-    chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world)
+    chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world, args.schedule)
     batch = [pair for pair in chosen[rank * args.batch_size:(rank + 1) * args.batch_size] for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
     first_noise = randn(gens, shape, device)
@@ -220,55 +237,65 @@ for step in range(start, args.steps + 1):
     if stopping := stop.arrived(device):  # told to leave: the rollout in hand is given up
         break
 
-    # advantage: how much better than its group, in units of the whole batch's spread
+    # advantage: how much better than its group, in units of its task's spread. A group that ties has nothing to say, and is left out
     scores = {name: accelerator.gather(values.to(device)).cpu() for name, values in scores.items()}
     everyone = weighted_sum(scores, rewards)                                                         # (B,) over all processes
     groups = everyone.view(-1, args.group_size)
-    advantage = ((groups - groups.mean(1, keepdim=True)) / (everyone.std() + 1e-4)).clamp(-5, 5).flatten()
-    advantage = advantage[rank * samples:(rank + 1) * samples].to(device)                            # (B,)
-    ties = (groups.std(1) < 1e-6).float().mean().item()  # groups that carry no signal
+    advantage = advantages(groups, [task for task, _ in chosen]).flatten()[rank * samples:(rank + 1) * samples].to(device)  # (B,)
+    tied = groups.std(1) < 1e-6
+    telling = (~tied).repeat_interleave(args.group_size)                                             # (B,) over all processes
 
     # learn: the clipped surrogate and the KL to the base, at every trained step
-    trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "x_next", "log_prob")})
+    trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "v", "x_next", "log_prob")})
                   for parts in zip(*trajectories)]
-    kl_sum, clipped, norms = torch.zeros((), device=device), torch.zeros((), device=device), []
-    for k, share in enumerate(torch.arange(samples).view(-1, args.updates_per_rollout).T):  # every update sees pictures of every group
+    kl_sum, clipped, terms, norms = torch.zeros((), device=device), torch.zeros((), device=device), 0, []
+    for k in range(args.updates_per_rollout):
+        share = torch.arange(k, samples, args.updates_per_rollout)  # every update sees pictures of every group
+        share = share[telling[rank * samples + share]]
+        count = telling[k::args.updates_per_rollout].sum().item() * len(trajectory)  # of pictures x steps, over all processes
+        if count == 0:
+            continue
         optimizer.zero_grad()
-        for rows in share.split(args.micro_batch_size):
+        for i in range(0, len(share), args.micro_batch_size):
             if k == 0 and stop.name:  # later ones follow an update made, and are finished
                 break
+            rows = share[i:i + args.micro_batch_size]
             cond = [c[rows // args.group_size] for c in conds]
             for s in trajectory:
-                x, x_next, old = s.x[rows], s.x_next[rows], s.log_prob[rows]
+                x, x_next = s.x[rows], s.x_next[rows]
                 with torch.no_grad():
                     v_base = model.velocity(x, s.t, cond, "base", args.guidance)
                 v = model.velocity(x, s.t, cond, "teacher", args.guidance)
                 mean, std = transition(x, v, s.t, s.t_next, args.noise_level, args.sde)
-                new = log_prob(x_next, mean, std)                                                    # (B,)
-                scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std if args.ratio_norm else 1.0
+                if args.ratio_norm:
+                    mean_old = transition(x, s.v[rows], s.t, s.t_next, args.noise_level, args.sde)[0]
+                    scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std
+                    log_ratio = centred_log_ratio(x_next, mean, mean_old, std) / scale               # (B,)
+                else:
+                    log_ratio = log_prob(x_next, mean, std) - s.log_prob[rows]
                 to_base = kl(mean, transition(x, v_base, s.t, s.t_next, args.noise_level, args.sde)[0], std)
-                loss = clipped_surrogate(new, old, advantage[rows], args.clip_range, scale) + args.beta * to_base
+                loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_base
                 (loss.sum() * x[0].numel()).backward()
                 kl_sum += to_base.detach().sum()
-                clipped += (((new.detach() - old) / scale).abs() > args.clip_range).sum()
+                clipped += (log_ratio.detach().abs() > args.clip_range).sum()
         if k == 0 and (stopping := stop.arrived(device)):
             break
-        reduce_gradients(params, world * len(share) * len(trajectory) * math.prod(shape))
+        reduce_gradients(params, count * math.prod(shape))
+        terms += count
         norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         if not math.isfinite(norms[-1]):
             die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in {args.out} are as they were. "
                 "Try a smaller --lr or another --dtype")
         optimizer.step()
-        update_average(ema, params, args.ema, step * args.updates_per_rollout + len(norms))
+        update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
 
     if stopping:
         break
 
     # report, save
-    terms = world * samples * len(trajectory)
     record = {"step": step + 1, **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
-              "kl_to_base": reduce_sum(kl_sum).item() / terms, "clip_fraction": reduce_sum(clipped).item() / terms,
-              "tied_groups": ties, "grad_norm": max(norms), "seconds": time.time() - began}
+              "kl_to_base": reduce_sum(kl_sum).item() / max(terms, 1), "clip_fraction": reduce_sum(clipped).item() / max(terms, 1),
+              "tied_groups": tied.float().mean().item(), "grad_norm": max(norms, default=0.0), "seconds": time.time() - began}
     if args.track:
         accelerator.log(record, step=step + 1)
     if rank == 0:

@@ -25,19 +25,19 @@ def gradients(monkeypatch):
     return record
 
 
-def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow", labelled=None, uniform=True,
+def two_pass(run, teacher_of=lambda task: task, anchor_weight=0.02, teacher_weight=1.0, sde="flow", labelled=None, factor=None,
              walker=lambda task: "student"):
     """The gradient of the first update as the paper describes it: roll the student out and store the trajectory, then walk it again
-    with gradient; one sample and one adapter at a time. In cold_start.py's sft the walker is the teacher."""
+    with gradient; one sample and one adapter at a time. In cold_start.py's sft the walker is the teacher. factor(step, KL of a velocity distance
+    of 1): what that step's KL counts; by default every distance weighs what the mean step's does."""
     args, model, params = run["args"], run["model"], run["params"]
     sigmas, batch = sigma_schedule(args.num_steps, 3.0)[:-1], pick_prompts(run["prompts"], dict.fromkeys(TASKS, 1.0), args.seed, 0, args.batch_size)
     total, one = torch.zeros(sum(p.numel() for p in params)), torch.ones(1, 1)
     labelled = range(len(sigmas) - 1) if labelled is None else labelled
-    w = {sigmas[k]: 1.0 for k in labelled}
-    if uniform:  # every step's distance weighs what the mean step's does
-        moved = [[transition(one, v, sigmas[k], sigmas[k + 1], 0.7) for v in (one, 2 * one)] for k in labelled]
-        terms = [kl(a, b, std).item() for (a, std), (b, _) in moved]
-        w = {sigmas[k]: sum(terms) / len(terms) / term for k, term in zip(labelled, terms)}
+    moved = [[transition(one, v, t, t_next, 0.7) for v in (one, 2 * one)] for t, t_next in zip(sigmas, sigmas[1:])]
+    terms = [kl(a, b, std).item() for (a, std), (b, _) in moved]
+    factor = factor or (lambda k, term: sum(terms) / len(terms) / term)
+    w = {sigmas[k]: factor(k, terms[k]) for k in labelled}
     for i, (task, row) in enumerate(batch):
         cond, gens = model.encode([row["prompt"]]), generators(args.seed, 0, [i])
         draw = lambda: randn(gens, model.latent_shape(32), "cpu")
@@ -67,14 +67,33 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(loras,
     assert distance(gradient, two_pass(run, sde="ode")) < 1e-4
 
 
-def test_labelled_steps_and_their_weights(loras, tmp_path, gradients):
-    """With 6 sampling steps there are 5 to learn from: two of them are the second and the last; one is the last."""
-    for flags, kind in ({"label_steps": 1}, {"labelled": [4]}), ({"label_steps": 2}, {"labelled": [1, 4]}):
-        run, (gradient,) = gradients(loras, tmp_path / str(flags["label_steps"]), num_steps=6, **flags)
-        assert distance(gradient, two_pass(run, **kind)) < 1e-4 < distance(gradient, two_pass(run)), flags
-        assert len(read_log(tmp_path / str(flags["label_steps"]))[0]["kl_by_sigma"]) == flags["label_steps"]
-    run, (gradient,) = gradients(loras, tmp_path / "kl", weighting="kl")  # the paper's
-    assert distance(gradient, two_pass(run, uniform=False)) < 1e-4 < distance(gradient, two_pass(run))
+def test_labelled_steps(loras, tmp_path, gradients):
+    """With 6 sampling steps there are 5 to learn from. Which of them are labelled is drawn anew in every update, and all of them get their turn."""
+    for number in (1, 2):
+        run, (gradient,) = gradients(loras, tmp_path / str(number), num_steps=6, label_steps=number)
+        labelled = [run["sigmas"].index(t) for t in run["labelled"]]
+        assert len(labelled) == number == len(read_log(tmp_path / str(number))[0]["kl_by_sigma"])
+        assert distance(gradient, two_pass(run, labelled=labelled)) < 1e-4 < distance(gradient, two_pass(run)), labelled
+    drawn = [tuple(run["labelled_steps"](step)) for step in range(1000)]
+    assert drawn == [tuple(run["labelled_steps"](step)) for step in range(1000)]  # a function of seed and step
+    for t in run["sigmas"][:-1]:
+        assert sum(t in steps for steps in drawn) / 1000 == pytest.approx(2 / 5, abs=0.06)
+    # DanceOPD's: one low-noise step, P(k) = F((k + 1) / 5) - F(k / 5) with F(x) = 6 x^5 - 5 x^6
+    run = distill(loras, tmp_path / "dance", num_steps=6, label_steps=1, label_density=[5, 2], lr=0)
+    share = [sum(run["labelled_steps"](step) == [t] for step in range(1000)) / 1000 for t in run["sigmas"][:-1]]
+    assert share == pytest.approx([0.0016, 0.0394, 0.1923, 0.4219, 0.3446], abs=0.05)
+
+
+@pytest.mark.parametrize("weighting", ["kl", "kl-dt", "dt2"])
+def test_weightings(weighting, loras, tmp_path, gradients):
+    """The KL as it is; times dt (what the released code descends); half the squared distance of two deterministic steps."""
+    run, (gradient,) = gradients(loras, tmp_path / "run", weighting=weighting)
+    dt = [t - t_next for t, t_next in zip(run["sigmas"], run["sigmas"][1:])]
+    if weighting == "dt2":  # an ODE step of v is dt v away from one of 0
+        expected = two_pass(run, factor=lambda k, term: dt[k] ** 2 / 2 / term)
+    else:
+        expected = two_pass(run, factor=lambda k, term: {"kl": 1.0, "kl-dt": dt[k]}[weighting])
+    assert distance(gradient, expected) < 1e-4 < distance(gradient, two_pass(run))
 
 
 def test_sft_learns_the_same_on_trajectories_of_the_teachers(loras, tmp_path, gradients):
@@ -83,7 +102,8 @@ def test_sft_learns_the_same_on_trajectories_of_the_teachers(loras, tmp_path, gr
                    "--batch-size", 6, "--out", out, *[word for flag, value in flags.items() for word in (f"--{flag}", value)])
     for weighting in ("uniform", "kl"):
         ns, (gradient,) = gradients(loras, tmp_path / weighting, script=sft, weighting=weighting)
-        expected, other = (two_pass(ns, anchor_weight=0, uniform=uniform, walker=lambda task: task) for uniform in (weighting == "uniform", weighting == "kl"))
+        uniform, paper = (two_pass(ns, anchor_weight=0, factor=factor, walker=lambda task: task) for factor in (None, lambda k, term: 1.0))
+        expected, other = (uniform, paper) if weighting == "uniform" else (paper, uniform)
         assert distance(gradient, expected) < 1e-4 < distance(gradient, other), weighting
 
 
@@ -95,7 +115,8 @@ def test_anchor_pulls_towards_the_anchor_and_the_anchor_only(loras, tmp_path, gr
     assert distance(pull, two_pass(run, anchor_weight=0.5, teacher_weight=0.0)) < 1e-4
     ppo = dict(objective="ppo", updates_per_rollout=1, label_steps=2)  # here too, every step's distance weighs alike
     out, (pull,) = gradients(loras, tmp_path / "ppo", anchor_weight=0.5, **ppo, **same)
-    assert distance(pull, two_pass(out, anchor_weight=0.5, teacher_weight=0.0, labelled=[0, 2])) < 1e-4
+    assert distance(pull, two_pass(out, anchor_weight=0.5, teacher_weight=0.0,
+                                   labelled=[out["sigmas"].index(t) for t in out["labelled"]])) < 1e-4
     _, (settled,) = gradients(loras | {"anchor": loras["student"]}, tmp_path / "c", anchor_weight=0.5, **same)
     assert settled.abs().max() == 0
     # and a student that follows the pull comes closer to the anchor
@@ -126,6 +147,13 @@ def test_learning_comes_closer_to_every_teacher(objective, loras, tmp_path):
         of = lambda rows: sum(row[f"kl/{t}"] for row in rows for t in (TASKS if task == "all" else [task]))
         print(objective, task, of(log[-2:]) / of(log[:2]))
         assert of(log[-2:]) < (0.75 if objective == "kl" else 0.95) * of(log[:2]), task
+
+
+def test_the_average_follows_its_decay(loras, tmp_path):
+    """Two runs of three updates that differ in --ema have the same student and other averages."""
+    a, b = (distill(loras, str(tmp_path / str(ema)), steps=3, lr=1e-3, ema=ema)["model"] for ema in (0.5, 0.9))
+    weights = [[torch.cat([p.flatten() for p in model.weights(name).values()]) for model in (a, b)] for name in ("student", "ema")]
+    assert torch.equal(*weights[0]) and not torch.equal(*weights[1])
 
 
 def test_resumed_is_bit_equal_to_uninterrupted(loras, tmp_path):

@@ -148,21 +148,45 @@ def test_without_t5(hub, tmp_path):
     assert SD3(hub["base"]).encode(["a cup"])[0][:, 77:].abs().max() > 0
 
 
+def test_the_tokens_that_t5_reads(hub):
+    """--max-sequence-length, against the pipeline's own call: another length, another picture."""
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(hub["base"], torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = {}
+    for length in (128, 256):
+        model = SD3(hub["base"], max_sequence_length=length)
+        assert model.encode(["a cup"])[0].shape[1] == 77 + length
+        pictures[length] = model.generate(["a cup"], generators(0, 0, [0]), 3, 64, guidance=4.5)
+        theirs = pipe("a cup", negative_prompt="", latents=randn(generators(0, 0, [0]), (16, 8, 8), "cpu"), num_inference_steps=3, guidance_scale=4.5,
+                      height=64, width=64, max_sequence_length=length, output_type="pt").images
+        assert (pictures[length] - theirs).abs().max() < 1e-3
+    assert (pictures[128] - pictures[256]).abs().max() > 1e-2
+
+
 def test_hub_ids(hub, tmp_path):
-    """A model, a LoRA and a full fine-tune by hub id, from a cache filled as huggingface_hub fills it."""
-    for name in ("base", "peft", "full"):
-        repo = tmp_path / f"hub/models--someone--{name}"
-        shutil.copytree(hub[name], repo / "snapshots/0123456789012345678901234567890123456789")
-        (repo / "refs").mkdir()
+    """A model, a LoRA and a full fine-tune by hub id, and those of a folder or a file in a repository, from a cache filled as huggingface_hub
+    fills it."""
+    for name, place in (("base", ""), ("peft", ""), ("full", ""), ("many/peft", "GenEvalTeacher/lora"), ("many/diffusers", "loras"), ("many/full", "a/full")):
+        repo = tmp_path / f"hub/models--someone--{name.partition('/')[0]}"
+        shutil.copytree(hub[name.rpartition("/")[2]], repo / "snapshots/0123456789012345678901234567890123456789" / place)
+        (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs/main").write_text("0123456789012345678901234567890123456789")
-    command = [sys.executable, "evaluate.py", "--model", "someone/base", "--models", "lora=someone/peft", "full=someone/full", "--prompts",
+    models = ["lora=someone/peft", "full=someone/full", "nested=someone/many/GenEvalTeacher/lora", "deep=someone/many/a/full",
+              "file=someone/many/loras/pytorch_lora_weights.safetensors", "peft=someone/many/GenEvalTeacher/lora/adapter_model.safetensors"]
+    command = [sys.executable, "evaluate.py", "--model", "someone/base", "--models", *models, "--prompts",
                f"x={hub['short']}", "--reward", "jpeg", "--resolution", "64", "--eval-num-steps", "1", "--out", str(tmp_path / "out")]
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert answer.returncode == 0, answer.stderr[-3000:]
+    drawn = {name: next((tmp_path / "out" / name / "x/samples").glob("*_000000.png")).read_bytes() for name, _, _ in (m.partition("=") for m in models)}
+    assert drawn["lora"] == drawn["nested"] == drawn["peft"] and drawn["full"] == drawn["deep"]
+    assert len({drawn[name] for name in ("lora", "full", "file")}) == 3
     answer = subprocess.run([*command, "--models", "lora=someone/nothing", "--out", str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True, env=env)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "someone/nothing: neither a local path nor to be had from the hub" in answer.stderr
+    answer = subprocess.run([*command, "--models", "lora=someone/many/elsewhere", "--out", str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert answer.returncode == 1 and "someone/many is on the hub, but has no elsewhere" in answer.stderr, answer.stderr[-500:]
 
 
 def test_alpha_patterns_are_regular_expressions_as_in_peft(hub, tmp_path):

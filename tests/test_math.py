@@ -8,7 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
-from flow_sde import clipped_surrogate, generators, kl, log_prob, pick_prompts, randn, rollout, sigma_schedule, step_weights, transition
+from flow_sde import (WEIGHTINGS, centred_log_ratio, clipped_surrogate, generators, kl, log_prob, pick_prompts, randn, rollout, sigma_schedule,
+                      step_weights, transition, update_average)
 
 X, V, V2 = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(s)) for s in range(3))
 STEPS = list(zip(sigma_schedule(10)[:-1], sigma_schedule(10)[1:]))
@@ -126,24 +127,56 @@ def test_which_objective_learns():
         return torch.autograd.grad(loss.mean(), W, retain_graph=True)[0]
     analytic = gradient(closed)
     compare = lambda g: (torch.nn.functional.cosine_similarity(g.flatten(), analytic.flatten(), 0).item(), ((g - analytic).norm() / analytic.norm()).item())
-    paper = compare(gradient(clipped_surrogate(new, old, -closed.detach() * d, 1e-4)))
-    action = compare(gradient(clipped_surrogate(new, old, reward, 1e-4)))
-    attached = compare(gradient(clipped_surrogate(new, old, torch.zeros(n), 1e-4) + closed))  # what differentiating through -KL adds
+    paper = compare(gradient(clipped_surrogate(new - old, -closed.detach() * d, 1e-4)))
+    action = compare(gradient(clipped_surrogate(new - old, reward, 1e-4)))
+    attached = compare(gradient(clipped_surrogate(new - old, torch.zeros(n), 1e-4) + closed))  # what differentiating through -KL adds
     for name, (cosine, error) in {"kl": attached, "ppo": action, "ppo-paper": paper}.items():
         print(f"\n{name}: cosine {cosine:.3f}, relative error {error:.3f}", end="")
     assert paper[1] > 0.9                                  # the paper's literal objective: expected gradient zero
-    assert gradient(clipped_surrogate(new, old, -closed.detach() * d, 1e-4)).norm() < 0.1 * analytic.norm()
+    assert gradient(clipped_surrogate(new - old, -closed.detach() * d, 1e-4)).norm() < 0.1 * analytic.norm()
     assert action[0] > 0.99 and action[1] < 0.1            # the action-dependent reward: the analytic gradient
     assert attached[1] < 1e-5
 
 
 def test_clipping_works():
-    old, advantage = torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    new = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
-    clipped_surrogate(new, old, advantage, 0.2).sum().backward()
-    assert (new.grad != 0).tolist() == [False, True, True, False]  # moving further the way the advantage points is not rewarded
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
+    clipped_surrogate(log_ratio, advantage, 0.2).sum().backward()
+    assert (log_ratio.grad != 0).tolist() == [False, True, True, False]  # moving further the way the advantage points is not rewarded
     with pytest.raises(AssertionError):
-        clipped_surrogate(new, old, advantage[:, None], 0.2)      # a (B,1) advantage would broadcast to (B,B)
+        clipped_surrogate(log_ratio, advantage[:, None], 0.2)  # a (B,1) advantage would broadcast to (B,B)
+
+
+def test_drift_makes_a_log_ratio_one_sided_and_centring_mends_it():
+    """65,536 dimensions at SD3's last learnt step (t = 0.28): the mean that a drifted policy's log-ratio has is several times Flow-GRPO's
+    clip range of 1e-4 and its own spread."""
+    t, t_next = STEPS[8]
+    gen = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(64, 16, 64, 64, generator=gen) for _ in range(2))
+    for drift, bias, spread in ((0.01, -7.6e-5, 4e-5), (0.03, -6.4e-4, 1.3e-4)):  # of the mean, per dimension, in units of the transition
+        mean_old, std = transition(x, v, t, t_next, 0.7)
+        mean = mean_old + drift * torch.randn(x.shape, generator=gen) * (2 * -bias) ** 0.5 / drift * std
+        x_next = mean_old + std * torch.randn(x.shape, generator=gen)
+        plain = log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)
+        centred = centred_log_ratio(x_next, mean, mean_old, std)
+        assert plain.mean().item() == pytest.approx(bias, rel=0.2) and centred.std().item() == pytest.approx(spread, rel=0.3)
+        assert abs(centred.mean()) < spread / 3  # of 64 samples
+        assert torch.allclose(centred, plain + kl(mean, mean_old, std), atol=1e-5)
+    # to first order, which is all that counts where the policies meet, the gradients are the same
+    mean = mean_old.clone().requires_grad_()
+    a, b = (torch.autograd.grad(f.sum(), mean)[0] for f in (log_prob(x_next, mean, std), centred_log_ratio(x_next, mean, mean_old, std)))
+    assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_average_of_the_parameters():
+    """After n updates the k-th parameters weigh d^(n-k), from the second update on the decay tells, and the start has no weight."""
+    params = [torch.full((3,), float(k)) for k in range(1, 6)]
+    for decay in (0.0, 0.5, 0.9):
+        ema, d = [torch.full((3,), 100.0)], decay ** (1 / 8)
+        for n, p in enumerate(params, 1):
+            update_average(ema, [p], decay, n)
+            weights = [d ** (n - k) for k in range(1, n + 1)]
+            assert ema[0][0].item() == pytest.approx(sum(w * k for k, w in enumerate(weights, 1)) / sum(weights), rel=1e-5)
 
 
 def test_noise_and_prompts_do_not_depend_on_how_the_batch_is_cut():
@@ -154,6 +187,8 @@ def test_noise_and_prompts_do_not_depend_on_how_the_batch_is_cut():
     batch = pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert [t for t, _ in batch].count("a") == 6 and batch == pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert all(t == "b" for t, _ in pick_prompts(prompts, {"a": 0, "b": 1}, 0, 5, 8))
+    turns = [{t for t, _ in pick_prompts(prompts, {"a": 3, "b": 1}, 0, step, 8, "alternate")} for step in range(8)]
+    assert turns == [{"a"}, {"a"}, {"a"}, {"b"}] * 2
 
 
 @pytest.mark.parametrize("sde", ["flow", "cps"])
@@ -168,3 +203,20 @@ def test_step_weights(sde):
     assert list(factors) == sigmas[:-1]
     assert [f * term for f, term in zip(factors.values(), terms)] == pytest.approx([sum(terms) / len(terms)] * len(terms), rel=1e-3)
     assert set(step_weights(steps, 0.7, sde, "kl").values()) == {1.0} and max(terms) > 10 * min(terms)
+    for (t, t_next), term in zip(steps, terms):
+        assert step_weights(steps, 0.7, sde, "kl-dt")[t] == t - t_next
+        (mean, _), (other, _) = (transition(one, v * one, t, t_next, 0.0, "ode") for v in (0.0, 1.0))  # of deterministic steps
+        assert step_weights(steps, 0.7, sde, "dt2")[t] * term == pytest.approx((mean - other).square().mean().item() / 2, rel=1e-3)
+
+
+def test_share_of_the_last_learnt_step():
+    """Of the loss, T = 10, the same velocity distance at every step: README's table."""
+    sigmas, one = sigma_schedule(10)[:-1], torch.ones(1, 4)
+    steps = list(zip(sigmas, sigmas[1:]))
+    for weighting, expected in zip(WEIGHTINGS, (0.111, 0.641, 0.757, 0.466)):
+        factors, terms = step_weights(steps, 0.7, "flow", weighting), []
+        for t, t_next in steps:
+            (mean, std), (other, _) = (transition(one, v * one, t, t_next, 0.7) for v in (0.0, 1.0))
+            terms.append(factors[t] * kl(mean, other, std).item())
+        print(weighting, *(f"{term / sum(terms):.3f}" for term in terms))
+        assert terms[-1] / sum(terms) == pytest.approx(expected, abs=1e-3)

@@ -53,6 +53,49 @@ def test_train_teacher_choices(tmp_path):
         *[f"{t}=toy/prompts/{t}_train.txt,weight={w}" for t, w in zip(TASKS, (3, 1, 1))], "--eval-prompts", *few("val", 2, tmp_path), "--group-size", 4,
         "--sde-window", 0, *QUICK[2:], "--batch-size", 5, "--out", tmp_path / "mix")
     assert {f"reward/{n}" for n in (*TASKS, "quality")} <= read_log(tmp_path / "mix")[0].keys()
+    # the same in whole rollouts of one task in turn
+    run("train_teacher.py", "--reward", *[f"toy.{t}=0.8" for t in TASKS], "toy.quality=0.2", "--prompts",
+        *[f"{t}=toy/prompts/{t}_train.txt,weight={w}" for t, w in zip(TASKS, (2, 1, 1))], "--eval-prompts", few("val", 2, tmp_path)[0],
+        "--group-size", 4, "--sde-window", 0, *QUICK[2:], "--batch-size", 2, "--schedule", "alternate", "--steps", 5, "--out", tmp_path / "turns")
+    seen = [sorted(k[7:] for k in row if k.startswith("reward/")) for row in read_log(tmp_path / "turns") if "seconds" in row]
+    assert seen == [["compose", "quality"], ["compose", "quality"], ["ocr", "quality"], ["quality", "scene"], ["compose", "quality"]]
+
+
+def test_tied_groups_are_left_out_and_every_task_has_its_own_spread(loras, tmp_path, monkeypatch):
+    """Of three tasks with a prompt each, one ties, and one is scored on a scale a hundred times smaller. The gradient of the first update
+    (learning rate 0) is the mean over the pictures of the other two."""
+    import rewards
+    from flow_sde import kl, log_prob, transition
+
+    def brightness(images, prompts, metadata):
+        scale = torch.tensor([{"ties": 0.0, "small": 1.0, "large": 100.0}[p] for p in prompts])
+        return scale * images.mean((1, 2, 3))
+    monkeypatch.setitem(rewards.REWARDS, "jpeg", brightness)
+    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: gradients.append(torch.cat([q.grad.flatten() for q in p])) or clip(p, most))
+    for name in ("ties", "small", "large"):
+        (tmp_path / f"{name}.txt").write_text(name + "\n")
+    argv = ["--reward", "jpeg", "--prompts", *[f"{n}={tmp_path}/{n}.txt" for n in ("ties", "small", "large")], "--init", loras["student"],
+            "--batch-size", 3, "--group-size", 6, "--num-steps", 4, "--sde-window", 2, "--steps", 1, "--lr", 0, "--beta", 0.5,
+            "--micro-batch-size", 4, "--updates-per-rollout", 1, "--eval-prompts", f"large={tmp_path}/large.txt", "--eval-num-steps", 1, "--no-ratio-norm"]
+    ns = run("train_teacher.py", *argv, "--out", tmp_path / "run")
+    model, advantage, tasks = ns["model"], ns["advantage"], [task for task, _ in ns["batch"]]
+    rms = {task: advantage[[t == task for t in tasks]].square().mean().sqrt().item() for task in set(tasks)}
+    assert rms["ties"] == 0 and rms["small"] == pytest.approx(rms["large"], rel=0.05) and rms["large"] == pytest.approx((5 / 6) ** 0.5, rel=0.05)
+    assert read_log(tmp_path / "run")[0]["tied_groups"] == pytest.approx(1 / 3)
+    rows, total = [i for i, t in enumerate(tasks) if t != "ties"], 0.0
+    for s in ns["trajectory"]:
+        cond = [c[torch.tensor(rows) // 6] for c in ns["conds"]]
+        with torch.no_grad():
+            base, _ = transition(s.x[rows], model.velocity(s.x[rows], s.t, cond), s.t, s.t_next, 0.7)
+        mean, std = transition(s.x[rows], model.velocity(s.x[rows], s.t, cond, "teacher"), s.t, s.t_next, 0.7)
+        total = total - (advantage[rows] * log_prob(s.x_next[rows], mean, std)).mean() + 0.5 * kl(mean, base, std).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total / len(ns["trajectory"]), ns["params"])])
+    assert (gradients[0] - expected).norm() < 1e-3 * expected.norm()
+    # nothing at all to learn from: no update, and no end
+    monkeypatch.setitem(rewards.REWARDS, "jpeg", lambda images, prompts, metadata: torch.ones(len(images)))
+    ns = run("train_teacher.py", *argv, "--lr", 1, "--out", tmp_path / "flat")
+    assert len(gradients) == 1 and read_log(tmp_path / "flat")[0]["tied_groups"] == 1
 
 
 def test_train_teacher_resumes_bit_equal(tmp_path):
@@ -131,6 +174,10 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
         (["distill.py", "--objective", "ppo", "--sde", "ode"], "needs a stochastic sampler"),
         (["distill.py", "--noise-level", 0], "must be positive"),
         (["distill.py", "--label-steps", 10], "--label-steps 10: must lie in 0..9"),
+        (["distill.py", "--label-density", 5, 0], "--label-density 5.0 0.0: both must be positive"),
+        (["distill.py", "--ema", 1], "--ema 1.0: must be below 1"),
+        (["sample.py", "--max-sequence-length", 600], "at most 512"),
+        (["train_teacher.py", "--schedule", "alternate", "--prompts", "compose=toy/prompts/compose_val.txt,weight=1.5"], "they must be whole"),
         (["cold_start.py", "merge", "--method", "factors", "--teachers", ocr, "compose=toy/teachers/compose"], "have no average"),
         (["distill.py", "--resume", tmp_path], "no checkpoint there"),
         (["train_teacher.py", "--reward", "toy.smile"], "no such reward"),

@@ -39,7 +39,7 @@ TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
            teachers=["compose=toy/teachers/compose,weight=2", "ocr=toy/teachers/ocr", "scene=toy/teachers/scene"],  # compose is the hardest
            anchor="toy/teachers/quality", init="merge", out="out/distill", resolution=32, dtype="float32", guidance=1.0,
-           batch_size=48, micro_batch_size=48, steps=140, lr=2e-3, ema=0.7, eval_prompts=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+           batch_size=48, micro_batch_size=48, steps=140, lr=2e-3, eval_prompts=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
            reward=[f"toy.{t}" for t in (*TASKS, "quality")], eval_num_steps=10, eval_batch_size=128, save_every=20, eval_every=20)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------

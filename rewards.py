@@ -973,10 +973,14 @@ def post(url, body, headers, timeout, retries):
         reply = b""
         async with httpx2.AsyncClient(timeout=None, trust_env=not here) as client:
             async with client.stream("POST", url, content=body, headers=headers) as response:
-                async for part in response.aiter_bytes():
-                    reply += part
-                    if len(reply) > LARGEST:
-                        raise RewardError(f"{url}: an answer of more than {LARGEST >> 20} MB")
+                try:
+                    async for part in response.aiter_bytes():
+                        reply += part
+                        if len(reply) > LARGEST:
+                            raise RewardError(f"{url}: an answer of more than {LARGEST / 2 ** 20:g} MB")
+                except httpx2.HTTPError:
+                    if response.is_success:  # the page of an error may be cut
+                        raise
         return response, reply
 
     for k in range(retries + 1):

@@ -61,9 +61,12 @@ def test_pickscore_and_clipscore(clip, images):
 
 
 def linear_layers(prefix, width):
-    """The state dict of the 768-1024-128-64-16-1 head, narrower, and its arithmetic."""
-    sizes, gen = (width, 20, 12, 8, 6, 1), torch.Generator().manual_seed(5)
-    layers = torch.nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in ([torch.nn.Linear(a, b), torch.nn.Dropout(0.2)] if b > 6 else [torch.nn.Linear(a, b)])))
+    """The state dict of the width-1024-128-64-16-1 head, and its arithmetic."""
+    sizes, gen = (width, 1024, 128, 64, 16, 1), torch.Generator().manual_seed(5)
+    layers = []
+    for a, b in zip(sizes, sizes[1:]):
+        layers += [torch.nn.Linear(a, b), torch.nn.Dropout(0.2)] if b > 16 else [torch.nn.Linear(a, b)]
+    layers = torch.nn.Sequential(*layers)
     for p in layers.parameters():
         p.data = torch.randn(p.shape, generator=gen) / p.shape[-1] ** 0.5
     return {f"{prefix}layers.{k}": v for k, v in layers.state_dict().items()}, layers.eval()
@@ -74,11 +77,19 @@ def test_aesthetic(clip, images, tmp_path):
     assert set(state) == {f"layers.{i}.{k}" for i in (0, 2, 4, 6, 7) for k in ("weight", "bias")}  # the published file's names
     torch.save(state, tmp_path / "head.pth")
     _, seen, _ = embeddings(clip, images)
-    torch.testing.assert_close(score("aesthetic", images, model=clip, head=tmp_path / "head.pth"), layers(seen)[:, 0].detach(), atol=1e-5, rtol=1e-4)
-    del state["layers.4.bias"]
-    torch.save(state, tmp_path / "short.pth")
-    with pytest.raises(rewards.RewardError, match="short.pth does not fit: it lacks layers.4.bias"):
-        score("aesthetic", images, model=clip, head=tmp_path / "short.pth")
+    expected = layers(seen)[:, 0].detach()
+    torch.testing.assert_close(score("aesthetic", images, model=clip, head=tmp_path / "head.pth"), expected, atol=1e-5, rtol=1e-4)
+    wide = linear_layers("", 768)[0]
+    two = state | {"layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)}
+    for name, bad, message in (
+            ("short", {k: v for k, v in state.items() if k != "layers.4.bias"}, "does not fit: .*4.bias"),
+            ("wide", wide, r"does not fit: .*size mismatch for 0.weight"), ("two", two, r"does not fit: .*size mismatch for 7.weight"),
+            ("list", list(state.values()), "list.pth: a list, not tensors by their names"),
+            ("bare", torch.zeros(3), "bare.pth: a Tensor, not tensors by their names"),
+            ("nested", {"state_dict": [1]}, "nested.pth: a list, not tensors"), ("words", {"epoch": 3, "note": "x"}, "does not fit")):
+        torch.save(bad, tmp_path / f"{name}.pth")
+        with pytest.raises(rewards.Unavailable, match=message):
+            score("aesthetic", images, model=clip, head=tmp_path / f"{name}.pth")
 
 
 class OpenClip(torch.nn.Module):
@@ -124,6 +135,28 @@ class OpenClip(torch.nn.Module):
         return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)] @ self.text_projection
 
 
+def float_pixels(images, size):
+    """Pictures as HPSv2's transform makes them: a tensor of 8 bits, its longer side resized in floating point, without clamping,
+    then black beside it, the odd pixel to the right; here by Pillow's filter for pictures of one float channel."""
+    out = []
+    for image in images:
+        width, height = (round(side * size / max(image.shape[1:])) for side in (image.shape[2], image.shape[1]))
+        canvas = torch.zeros(3, size, size)
+        left, top = (size - width) // 2, (size - height) // 2
+        for channel, to in zip((image * 255).round() / 255, canvas):
+            resized = Image.fromarray(channel.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+            to[top:top + height, left:left + width] = torch.from_numpy(np.array(resized))
+        out.append((canvas - MEAN) / STD)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("height, width", [(54, 54), (28, 28), (54, 31), (17, 54), (10, 20)])
+def test_hpsv2s_pixels(height, width):
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height))
+    torch.testing.assert_close(rewards.padded(images, 28), float_pixels(images, 28), atol=2e-5, rtol=1e-4)
+    assert rewards.padded(images, 28).shape == (2, 3, 28, 28)
+
+
 def test_hpsv2_is_open_clips_arithmetic(images, tmp_path):
     base = small_clip(tmp_path / "base", hidden_act="gelu")
     tokenizer = clip_tokenizer(base)
@@ -133,7 +166,7 @@ def test_hpsv2_is_open_clips_arithmetic(images, tmp_path):
     ids = [tokenizer(p).input_ids[:77] for p in PROMPTS]
     ids = torch.tensor([i + [0] * (77 - len(i)) for i in ids])          # open_clip pads with zeros
     with torch.no_grad():
-        expected = F.cosine_similarity(model.see(pixels(images, 28)), model.read(ids))
+        expected = F.cosine_similarity(model.see(float_pixels(images, 28)), model.read(ids))
     assert expected.abs().max() > 0.05
     torch.testing.assert_close(score("hpsv2", images, weights=tmp_path / "hps.pt", base=base), expected, atol=2e-6, rtol=1e-5)
     for drop, name in (("visual.ln_pre.weight", "pre_layrnorm.weight"), ("transformer.resblocks.1.attn.in_proj_bias", "q_proj.bias"), ("text_projection", "text_projection")):
@@ -232,25 +265,37 @@ def test_blipvqa(images, tmp_path, monkeypatch):
         vision_config=dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16, initializer_range=0.3),
     )).save_pretrained(tmp_path)
     model = BlipForQuestionAnswering.from_pretrained(tmp_path).eval()
-    rows = [{"phrases": ["a red fox"]}, {"phrases": ["two cats", "a Very Long list of other animals"]}]
+    positions = model.vision_model.embeddings.position_embedding.data           # of 2 x 2 patches and the class: made 3 x 3
+    grid = F.interpolate(positions[:, 1:].view(1, 2, 2, 48).permute(0, 3, 1, 2), (3, 3), mode="bicubic", align_corners=False)
+    model.vision_model.embeddings.position_embedding.data = torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    long = " ".join(["abc"] * 51)
+    asked = {"a red fox": "a red fox?", "two cats": "two cats?", 'a "Very" (long) list: of other animals.': "a very long list of other animals?",
+             long: long[:-4]}                                                   # 50 words, so without the question mark
+    rows = [{"phrases": ["a red fox", long]}, {"phrases": ["two cats", 'a "Very" (long) list: of other animals.']}]
     expected = []
-    for image, row in zip(pixels(images, 32), rows):
+    for image, row in zip(pixels(images, 48), rows):
         product = 1.0
         for phrase in row["phrases"]:
-            ids = tokenizer(phrase.lower() + "?", return_tensors="pt").input_ids
+            ids = tokenizer(asked[phrase], return_tensors="pt", truncation=True, max_length=35).input_ids
             ids[0, 0] = size - 1
             with torch.no_grad():
                 seen = model.vision_model(image[None]).last_hidden_state
-                asked = model.text_encoder(ids, encoder_hidden_states=seen).last_hidden_state
-                yes, no = model.text_decoder(torch.tensor([[size - 2]]), encoder_hidden_states=asked).logits[0, 0, [5, 6]].exp().tolist()
+                states = model.text_encoder(ids, encoder_hidden_states=seen).last_hidden_state
+                logits = model.text_decoder(torch.tensor([[size - 2]]), encoder_hidden_states=states).logits[0, 0]
+            yes, no = logits[[5, 6]].exp().tolist()
             product *= yes / (yes + no)
         expected.append(product)
-    assert score("blipvqa", images, metadata=rows, model=tmp_path).tolist() == pytest.approx(expected, abs=1e-5)
+    assert score("blipvqa", images, metadata=rows, model=tmp_path, size=48).tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 1 and abs(expected[0] - 0.5) > 0.01
-    chunks = {PROMPTS[0]: ["a red fox"], PROMPTS[1]: ["two cats", "a Very Long list of other animals"]}
-    nlp = lambda text: types.SimpleNamespace(noun_chunks=[types.SimpleNamespace(text=c) for c in ["top", *chunks[text], "The left"]])  # left out, officially
+    chunks = {prompt: row["phrases"] for prompt, row in zip(PROMPTS, rows)}
+    where = "top", "the side", "the left", "the right"                          # left out, officially, so spelt
+
+    def nlp(text):
+        return types.SimpleNamespace(noun_chunks=[types.SimpleNamespace(text=c) for c in [*where, *chunks[text]]])
     monkeypatch.setattr(rewards, "load_spacy", lambda: nlp)
-    assert score("blipvqa", images, model=tmp_path).tolist() == pytest.approx(expected, abs=1e-5)
+    assert score("blipvqa", images, model=tmp_path, size=48).tolist() == pytest.approx(expected, abs=1e-5)
+    chunks["p"] = ["The left", "Top"]
+    assert rewards.noun_phrases({"prompt": "p"}) == ["The left", "Top"]
     with pytest.raises(SystemExit, match="--prompts t: blipvqa finds no noun phrase in 'p57'"):
         rewards.check_rewards(rewards.parse_rewards(["blipvqa"]), {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]}, 32)
 
@@ -288,6 +333,25 @@ def test_specs(tmp_path):
     for tasks_too in (["ocr", "ocr_strict"], ["ocr_strict", "ocr"]):
         two = rewards.parse_rewards(["ocr", "ocr_strict=http://h"])
         assert rewards.rewards_of("ocr", two, tasks_too) == ["ocr"] and rewards.rewards_of("ocr_strict", two, tasks_too) == ["ocr_strict"]
-    same = [rewards.parse_rewards([s], o)["deqa"].identity for s, o in (("deqa=http://a/x", ()), ("deqa=http://b:9/x", ["deqa.timeout=9"]))]
-    assert same[0] == same[1] != rewards.parse_rewards(["deqa=http://a/y"])["deqa"].identity    # a server may move, its path says what it is
     assert rewards.rewards_of("geneval", rewards.parse_rewards(["geneval", "geneval_strict", "ocr"]), tasks) == ["geneval", "geneval_strict"]
+
+
+def test_cached_scores_are_of_the_same_weights_servers_and_versions(tmp_path, monkeypatch):
+    """A reward's identity, by which cached scores are found: models by content, servers by address, rapidocr by version."""
+    def of(spec, *options):
+        [reward] = rewards.parse_rewards([spec], options).values()
+        return reward.identity
+    assert of("deqa=http://a/x") == of("deqa=http://a/x/", "deqa.timeout=9", "deqa.retries=0")
+    assert len({of(f"deqa={url}") for url in ("http://a/x", "http://b/x", "http://a:9/x", "http://a/y", "pickle+http://a/x")}) == 5
+    assert of("qwenvl=openai+http://a/v1") != of("qwenvl=openai+http://a/v1", "qwenvl.model=another")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_bytes(b"one")
+    before = of("clipscore", f"clipscore.model={tmp_path}/model")
+    assert before == of("clipscore", f"clipscore.model={tmp_path}/model") != of("clipscore")
+    (tmp_path / "model/weights").write_bytes(b"two")
+    assert before != of("clipscore", f"clipscore.model={tmp_path}/model")
+    (tmp_path / "a.txt").write_text("Rate {prompt}")
+    assert of("qwenvl", f"qwenvl.prompt=@{tmp_path}/a.txt") == of("qwenvl", "qwenvl.prompt=Rate {prompt}") != of("qwenvl")
+    before = of("ocr")
+    monkeypatch.setattr(rewards.importlib.metadata, "version", lambda package: "9.9")
+    assert before != of("ocr") and "9.9" in of("ocr") and of("jpeg") == "jpeg jpeg {}"

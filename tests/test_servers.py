@@ -1,7 +1,9 @@
 """Reward servers and judges on loopback: good ones, and slow, wrong, garbled, hostile and absent ones, each met with the right error in time."""
 
 import base64
+import email.utils
 import http.server
+import inspect
 import io
 import json
 import math
@@ -9,6 +11,7 @@ import os
 import pickle
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -39,7 +42,7 @@ def serve():
                 pass
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         servers[-1].daemon_threads = True
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
     yield start
     for server in servers:
@@ -128,7 +131,7 @@ def test_failures_that_may_pass_are_tried_again(serve, monkeypatch):
 
 def test_absent_and_slow_servers_end_in_time(serve, monkeypatch):
     waits = brief(monkeypatch)
-    with pytest.raises(rewards.RewardError, match="refused.*4 attempts"):
+    with pytest.raises(rewards.RewardError, match="127.0.0.1:9: All connection attempts failed .4 attempts"):
         score("taste=http://127.0.0.1:9")
     assert waits == [1, 2, 4]
     stop = threading.Event()
@@ -178,10 +181,57 @@ def test_waiting_for_a_reward_ends_with_the_signal(serve):
 
 
 def test_a_huge_answer_is_not_swallowed(serve, monkeypatch):
-    monkeypatch.setattr(rewards.post, "__defaults__", (1000,))
+    monkeypatch.setattr(rewards, "LARGEST", 1000)
     with pytest.raises(rewards.RewardError, match="more than"):
         score(f"taste={serve(lambda *_: (200, b'1' * 5000))}")
 
+
+def test_retry_after_is_honoured(serve, monkeypatch):
+    """Seconds or a date, for 429 and 503; ten minutes at most; nonsense is ignored."""
+    waits, headers = brief(monkeypatch), []
+
+    def answer(*args):
+        handler = args[3]
+        if not headers:
+            return 200, b'{"scores": [1, 2, 3]}'
+        handler.send_response(429), handler.send_header("Retry-After", headers.pop(0)), handler.send_header("Content-Length", "0")
+        handler.end_headers()
+    url = serve(answer)
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    for asked, expected in ((["7"], [7]), (["0", "11"], [0, 11]), (["soon"], [1]), (["-5", "1.5"], [1, 2]), (["86400"], [600]),
+                            ([soon], [pytest.approx(30, abs=3)]), (["Thu, 01 Jan 1970 00:00:00 GMT"], [0])):
+        headers[:] = asked
+        assert score(f"taste={url}").tolist() == [1, 2, 3] and waits == expected
+        waits.clear()
+
+
+@pytest.mark.parametrize("reply, said", [
+    (json.dumps({"error": {"message": "the model `x` does not exist", "type": "NotFound"}}, indent=2), "the model `x` does not exist ("),   # OpenAI, vLLM
+    (json.dumps({"object": "error", "message": "prompt too long", "code": 400}, indent=4), "prompt too long ("),                           # SGLang
+    (json.dumps({"detail": "Not Found"}), "Not Found ("), (json.dumps({"error": "no"}), "no ("),                                         # FastAPI; others
+    ("<html>\n<body><h1>404</h1>\n nginx</body></html>", "404 nginx ("), ("Traceback:\n  x\nKeyError: 'image'", "Traceback: x KeyError: 'image' (")])
+def test_a_servers_own_message_is_shown(serve, reply, said):
+    with pytest.raises(rewards.Unavailable) as caught:
+        score(f"taste={serve(lambda *_: (400, reply.encode()))}")
+    assert f"HTTP 400 Bad Request: {said}1 attempt)" in str(caught.value)
+
+
+def test_no_proxy_stands_before_this_machine(serve, monkeypatch):
+    """A proxy of the environment gets what goes elsewhere, and nothing that goes to loopback."""
+    seen = []
+
+    def proxy(path, *_):
+        seen.append(path)
+        return 200, b'{"scores": [0, 0, 0]}'
+    monkeypatch.setenv("HTTP_PROXY", serve(proxy)), monkeypatch.setenv("http_proxy", serve(proxy))
+    monkeypatch.delenv("NO_PROXY", raising=False), monkeypatch.delenv("no_proxy", raising=False)
+    url = serve(lambda *_: (200, b'{"scores": [1, 2, 3]}'))
+    for host in ("127.0.0.1", "localhost"):
+        assert score("taste=" + url.replace("127.0.0.1", host)).tolist() == [1, 2, 3]
+    assert seen == [] and score("taste=http://rewards.invalid/x").tolist() == [0, 0, 0] and seen == ["http://rewards.invalid/x"]
+
+
+# -- judges ------------------------------------------------------------------------------------------------------------------
 
 def chat(content, **more):
     return 200, json.dumps({"choices": [{"message": {"content": content}} | more]}).encode()
@@ -200,33 +250,123 @@ def test_judges(serve, monkeypatch, tmp_path):
     url = serve(answer)
     assert score(f"unifiedreward=openai+{url}/v1").tolist() == pytest.approx([1.5 / 5, 2.5 / 5, 3.5 / 5])
     assert {(path, asked["model"], key) for path, asked, key in seen} == {("/v1/chat/completions", "CodeGoat24/UnifiedReward-qwen-7b", None)}
+    assert seen[-1][1]["max_tokens"] == 1024 and "max_completion_tokens" not in seen[-1][1]
     monkeypatch.setenv("REWARD_API_KEY", "secret")
     (tmp_path / "ask.txt").write_text("How is {prompt}?")
     assert score(f"qwenvl=openai+{url}/v1", "qwenvl.model=mine", f"qwenvl.prompt=@{tmp_path}/ask.txt").tolist() == pytest.approx([0.2, 0.4, 0.6])  # the last one said
     assert seen[-1][1]["model"] == "mine" and seen[-1][2] == "Bearer secret" and {a["messages"][0]["content"][1]["text"] for _, a, _ in seen[-3:]} == {f"How is {p}?" for p in PROMPTS}
-    assert score(f"qwenvl=openai+{url}/v1", r"qwenvl.pattern=Score: ([\d.]+)\n").tolist() == pytest.approx([0.3, 0.5, 0.7])
-    for content, message in (("I cannot say", "no score where"), ("<Score>7</Score>", "7.0, not within"), ("", "no score"), (None, "no score")):
-        with pytest.raises(rewards.RewardError, match=message):
-            score(f"qwenvl=openai+{serve(lambda *_: chat(content))}")
+    assert score(f"qwenvl=openai+{url}/v1", r"qwenvl.pattern=Score: ([\d.]+)\n", "qwenvl.max_completion_tokens=77").tolist() == pytest.approx([0.3, 0.5, 0.7])
+    assert seen[-1][1]["max_completion_tokens"] == 77 and "max_tokens" not in seen[-1][1]
+    score(f"qwenvl=openai+{url}/v1", "qwenvl.max_tokens=50")
+    assert seen[-1][1]["max_tokens"] == 50
     for reply in (b'{"error": "no"}', b'{"choices": []}', b"[]", b'{"choices": [3]}'):
-        with pytest.raises(rewards.RewardError, match="not a chat completion"):
+        with pytest.raises(rewards.Unavailable, match="not a chat completion"):
             score(f"qwenvl=openai+{serve(lambda *_: (200, reply))}")
     with pytest.raises(rewards.RewardError, match="needs an endpoint: NAME=openai"):
-        score("deqa")
+        score("qwenvl")
 
 
-def test_deqa_from_the_five_levels(serve):
-    """Probabilities of whole words and of words' beginnings, in any spelling of a token; other tokens do not count."""
+@pytest.mark.parametrize("said, expected", [
+    ("<Score>4</Score>", 0.8), ("<score>4</score>", 0.8), ("<Score> 4.5 </Score>", 0.9), ("**Final Score:** 4", 0.8), ("Final Score: **4**", 0.8),
+    ('{"score": 4}', 0.8), ('```json\n{"reason": "x", "score": "4"}\n```', 0.8), ("Final Score: 4/10", 0.4), ("Final Score: 4 / 5.", 0.8),
+    ("Score: 8 out of 10", 0.8), ("Score: 4,5", 0.9), ("Final Score: 4, because", 0.8), ("Alignment Score (1-5): 3", 0.6), ("Final Score: 0", 0),
+    ("Score: 2, no, wait. Score: 3", 0.6), ("Thinking: score: 1</think>Score: 3", 0.6), ("<think>Score: 1</think>\n<Score>3</Score>", 0.6)])
+def test_a_score_in_any_usual_form(said, expected):
+    assert rewards.read_score({"message": {"content": said}, "finish_reason": "stop"}, SCORE) == pytest.approx(expected)
+    if "Final" in said:
+        assert rewards.read_score({"message": {"content": said}}, FINAL) == pytest.approx(expected)
+
+
+SCORE, FINAL = (inspect.signature(f).parameters["pattern"].default for f in (rewards.qwenvl, rewards.unifiedreward))
+
+
+@pytest.mark.parametrize("answer, message", [
+    ({"message": {"content": "I cannot say"}}, "no score where"), ({"message": {"content": ""}}, "no score"), ({"message": {"content": None}}, "no score"),
+    ({"message": None}, "no score"), ({}, "no score"), ({"message": {"content": "Score: 7"}}, "a score of 7, not within 0 to 5"),
+    ({"message": {"content": "Score: 11/10"}}, "a score of 11, not within 0 to 10"), ({"message": {"content": "Score: -3"}}, "no score where"),
+    ({"message": {"content": "Score: 1-5"}}, "no score where"), ({"message": {"content": "Score: 45"}}, "a score of 45"),
+    ({"message": {"content": "Score: 4"}, "finish_reason": "length"}, "cut off before its end"),
+    ({"message": {"content": "<think>first, Score: 4"}}, "cut off before its end"), ({"message": {"content": "Score: 3/0"}}, "not within 0 to 0")])
+def test_what_is_no_score(answer, message):
+    with pytest.raises(rewards.NoAnswer, match=message):
+        rewards.read_score(answer, SCORE)
+
+
+def test_who_gives_no_score_is_asked_again_and_then_left_out(serve, capsys):
+    """Three times, with a temperature and a reminder from the second on; then the picture has no score, and it is said why."""
+    asked = {p: [] for p in PROMPTS}
+
+    def answer(path, body, *_):
+        request = json.loads(body)
+        text = request["messages"][0]["content"][1]["text"]
+        [prompt] = [p for p in PROMPTS if p in text]
+        asked[prompt].append((request["temperature"], "exactly the form" in text))
+        if prompt == "a cat" and len(asked[prompt]) < 2 or prompt == "a fox":
+            return chat("I would rather not")
+        return chat("<Score>4</Score>")
+    url = serve(answer)
+    scores = score(f"qwenvl=openai+{url}")
+    assert scores[:2].tolist() == pytest.approx([0.8, 0.8]) and scores[2].isnan()
+    assert asked == {"a dog": [(0, False)], "a cat": [(0, False), (0.5, True)], "a fox": [(0, False), (0.5, True), (1, True)]}
+    assert f"{url}: asked three times, no score: no score where" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--reward qwenvl: no score of a grey picture. no score where .* in the answer 'I would rather not'"):
+        rewards.check_rewards(rewards.parse_rewards([f"qwenvl=openai+{url}"]), {"t": [{"prompt": "a fox"}]}, 8)
+
+
+@pytest.mark.parametrize("silent, fine", [(1, True), (2, True), (3, False), (10, False)])
+def test_a_rollout_goes_on_without_a_few_scores(serve, silent, fine):
+    """Of ten pictures a fifth may have no score; with more the rollout fails, saying what the judge said."""
+    def answer(path, body, *_):
+        text = json.loads(body)["messages"][0]["content"][1]["text"]
+        number = int(text.split("number ")[1].split("\n")[0])
+        return chat("no idea" if number < silent else "Score: 3")
+    scorer = rewards.Scorer(rewards.parse_rewards([f"qwenvl@judged=openai+{serve(answer)}", "jpeg"]), ["judged", "other"])
+    for i in range(0, 10, 5):
+        scorer.submit(torch.rand(5, 3, 8, 8), [("judged", {"prompt": f"number {k}"}) for k in range(i, i + 5)])
+    scorer.submit(torch.rand(1, 3, 8, 8), [("other", {"prompt": "not judged"})])
+    if fine:
+        scores = scorer.collect()
+        assert scores["qwenvl"].isnan().tolist() == [k < silent or k == 10 for k in range(11)] and not scores["jpeg"].isnan().any()
+    else:
+        with pytest.raises(rewards.RewardError, match=f"qwenvl: {silent} of 10 pictures have no score. no score where .*'no idea'"):
+            scorer.collect()
+
+
+def test_a_validation_says_how_many_scores_are_missing(serve):
+    class Model:
+        device = "cpu"
+
+        def generate(self, prompts, *_):
+            return torch.rand(len(prompts), 3, 8, 8)
+
+    def answer(path, body, *_):
+        return chat("no idea" if "number 3" in str(body) else "Score: 3")
+    chosen = rewards.parse_rewards([f"qwenvl=openai+{serve(answer)}"])
+    args = types.SimpleNamespace(eval_num_steps=1, resolution=8, eval_batch_size=4, seed=0, guidance=1)
+    row = rewards.evaluate(Model(), "x", {"t": [{"prompt": f"number {k}"} for k in range(6)]}, chosen, args)
+    assert row == {"n": 6, "scores": {"qwenvl": pytest.approx(0.6)}, "stderr": {"qwenvl": pytest.approx(0)}, "missing": {"qwenvl": 1}}
+    assert "| x | 0.600 ± 0.000, 1 missing |" in rewards.markdown([{"model": "x"} | row])
+
+
+def test_deqa_from_the_five_levels(serve, monkeypatch):
+    """Probabilities of whole words and of words' beginnings, in any spelling of a token; they must hold half of the mass."""
     def answer(top):
-        return lambda *_: chat("good", logprobs={"content": [{"top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top]}]})
+        return lambda *_: chat("good", finish_reason="length", logprobs={"content": [{"top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top]}]})
+    def ask(answer, *options):
+        return score(f"deqa=openai+{serve(answer)}", "deqa.model=some/vlm", *options)
     top = [(" Excellent", 0.1), ("good", 0.4), ("▁fair", 0.2), ("Ġpoor", 0.05), ("Bad", 0.05), ("The", 0.15), ("", 0.05)]
     expected = (0.1 * 5 + 0.4 * 4 + 0.2 * 3 + 0.05 * 2 + 0.05) / 0.8 / 5
-    assert score(f"deqa=openai+{serve(answer(top))}").tolist() == pytest.approx([expected] * 3)
-    assert score(f"deqa=openai+{serve(answer([('Ex', 0.5), ('p', 0.5)]))}").tolist() == pytest.approx([0.7] * 3)
-    with pytest.raises(rewards.RewardError, match="none of excellent, good, fair, poor, bad"):
-        score(f"deqa=openai+{serve(answer([('The', 1.0)]))}")
-    with pytest.raises(rewards.RewardError, match="gave no log-probabilities"):
-        score(f"deqa=openai+{serve(lambda *_: chat('good'))}")
+    assert ask(answer(top)).tolist() == pytest.approx([expected] * 3)
+    assert ask(answer([("Ex", 0.5), ("p", 0.5)])).tolist() == pytest.approx([0.7] * 3)
+    assert ask(answer([("good", 0.51), ("The", 0.49)])).tolist() == pytest.approx([0.8] * 3)
+    for top in ([("The", 1.0)], [("good", 0.03), ("The", 0.97)], [("good", 0.49), ("The", 0.51)]):
+        assert ask(answer(top)).isnan().all()
+    assert "excellent, good, fair, poor, bad together have 49% of the probability; the likeliest tokens are 'good', 'the'" in list(rewards.SAID.values())[-1]
+    with pytest.raises(rewards.Unavailable, match="gave no log-probabilities"):
+        ask(lambda *_: chat("good"))
+    for spec in ("deqa=openai+http://127.0.0.1:9", "deqa"):                      # its own model is an mPLUG-Owl2, which vLLM and SGLang do not serve
+        with pytest.raises(rewards.Unavailable, match="deqa.model is needed; .*pickle" if "=" in spec else "needs an endpoint"):
+            score(spec)
 
 
 def train(url, out, *more):

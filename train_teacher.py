@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 
 import torch
@@ -130,7 +131,7 @@ files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"]
          **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
 identity = run_identity(args, world, files, "reward", "reward_option") | {
     "eval_num_steps": args.eval_num_steps, **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()},
-    **{f"reward {name}": [r.identity, r.weight, r.task] for name, r in rewards.items()}}
+    **{f"reward {name}": [re.sub('://[^/"]+', "://", r.identity), r.weight, r.task] for name, r in rewards.items()}}  # a server may move
 start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
@@ -150,12 +151,14 @@ def validate(adapter, label, step):
 
 def advantages(rewards, tasks):
     """How much better a picture is than its group, in units of the spread of its task's rewards, within +-5: tasks whose rewards
-    have other scales weigh alike. rewards (groups, group size), tasks: one name a group -> (groups, group size)."""
+    have other scales weigh alike. rewards (groups, group size), tasks: one name a group -> (groups, group size). A picture
+    without a score (NaN) is in no mean and no spread, and stays NaN."""
     spread = torch.empty(len(rewards), 1)
     for task in set(tasks):
         its_groups = torch.tensor([t == task for t in tasks])
-        spread[its_groups] = rewards[its_groups].std()
-    return ((rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)).clamp(-5, 5)
+        its_rewards = rewards[its_groups]
+        spread[its_groups] = its_rewards[~its_rewards.isnan()].std()
+    return ((rewards - rewards.nanmean(1, keepdim=True)) / (spread + 1e-4)).clamp(-5, 5)
 
 
 def draw_grid():
@@ -237,13 +240,13 @@ for step in range(start, args.steps + 1):
     if stopping := stop.arrived(device):  # told to leave: the rollout in hand is given up
         break
 
-    # advantage: how much better than its group, in units of its task's spread. A group that ties has nothing to say, and is left out
+    # advantage: how much better than its group, in units of its task's spread. Groups that tie and pictures without a score are left out
     scores = {name: accelerator.gather(values.to(device)).cpu() for name, values in scores.items()}
-    everyone = weighted_sum(scores, rewards)                                                         # (B,) over all processes
+    everyone = weighted_sum(scores, rewards, [pair for pair in chosen for _ in range(args.group_size)], prompts)  # (B,) over all processes
     groups = everyone.view(-1, args.group_size)
     advantage = advantages(groups, [task for task, _ in chosen]).flatten()[rank * samples:(rank + 1) * samples].to(device)  # (B,)
-    tied = groups.std(1) < 1e-6
-    telling = (~tied).repeat_interleave(args.group_size)                                             # (B,) over all processes
+    tied = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1) < 1e-6
+    telling = (~tied).repeat_interleave(args.group_size) & ~everyone.isnan()                         # (B,) over all processes
 
     # learn: the clipped surrogate and the KL to the base, at every trained step
     trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "v", "x_next", "log_prob")})
@@ -301,7 +304,7 @@ for step in range(start, args.steps + 1):
     if rank == 0:
         log.write(json.dumps(record) + "\n"), log.flush()
         progress.update()
-        progress.set_postfix(reward=f"{everyone.mean():.3f}", kl=f"{record['kl_to_base']:.1e}", clip=f"{record['clip_fraction']:.2f}")
+        progress.set_postfix(reward=f"{everyone.nanmean():.3f}", kl=f"{record['kl_to_base']:.1e}", clip=f"{record['clip_fraction']:.2f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity, args.keep)
 

@@ -410,3 +410,36 @@ def test_scoring_runs_beside_sampling(serve):
     took = time.monotonic() - began
     print(f"{took:.2f} s for 4 x (0.3 s sampling, 0.3 s + 0.3 s scoring)")
     assert took < 2.1 and scores["slow"].shape == (12,) and scores["slower"].tolist() == [1.0] * 12
+
+
+def test_training_goes_on_without_a_picture_that_got_no_score(serve, tmp_path, monkeypatch):
+    """A judge says nothing of one picture of a group of six: it is in no mean and no spread, and nothing is learnt from it; another
+    group, of which one picture alone has a score, ties."""
+    def answer(path, body, *_):
+        text = json.loads(body)["messages"][0]["content"]
+        picture = np.array(Image.open(io.BytesIO(base64.b64decode(text[0]["image_url"]["url"].partition(",")[2]))))
+        return chat(f"Score: {picture.mean() / 51:.3f}"[:12])
+    url, prompts = serve(answer), few("train", 1, str(tmp_path))
+    chosen = [p for p in prompts if not p.startswith("scene")]
+    silent = {1, 7, 8, 9, 10, 11}                    # of the 12 pictures of a rollout, in whatever order they are asked about
+    plain = rewards.score_batch
+
+    def score_batch(images, batch, chosen, tasks):
+        scores = plain(images, batch, chosen, tasks)
+        if len(images) == 12:
+            scores["qwenvl"][list(silent)] = math.nan
+        return scores
+    monkeypatch.setattr(rewards, "score_batch", score_batch)
+    argv = ["train_teacher.py", "--reward", f"qwenvl=openai+{url}", "--prompts", *chosen, "--eval-prompts", chosen[0], "--batch-size", 2,
+            "--group-size", 6, "--num-steps", 3, "--sde-window", 0, "--steps", 1, "--eval-num-steps", 1, "--micro-batch-size", 12,
+            "--updates-per-rollout", 1]
+    assert "qwenvl: 6 of 12 pictures have no score" in refused(*argv, "--out", tmp_path / "strict")
+    monkeypatch.setattr(rewards, "TOLERATED", 0.6)
+    ns = run(*argv, "--out", tmp_path / "out")
+    groups = ns["everyone"].view(2, 6)
+    assert ns["everyone"].isnan().nonzero().flatten().tolist() == sorted(silent)
+    rest = groups[0][[0, 2, 3, 4, 5]]
+    expected = (rest - rest.mean()) / (rest.std() + 1e-4)
+    assert ns["advantage"][[0, 2, 3, 4, 5]].tolist() == pytest.approx(expected.tolist(), abs=1e-4) and ns["advantage"][1].isnan()
+    assert ns["telling"].nonzero().flatten().tolist() == [0, 2, 3, 4, 5] and ns["tied"].tolist() == [False, True]
+    assert ns["terms"] == 5 * len(ns["trajectory"]) and all(p.isfinite().all() for p in ns["params"])

@@ -6,8 +6,9 @@ added to the same --out later.
     python evaluate.py --models base opd=out/distill/lora sft=out/sft/lora
     torchrun --nproc_per_node=8 evaluate.py --model stabilityai/stable-diffusion-3.5-medium --models base flow-opd=out/distill/lora \\
         --tasks geneval=evaluation_metadata.jsonl ocr=ocr_test.txt drawbench=drawbench.txt --reward geneval geneval_strict ocr \\
-        pickscore@drawbench aesthetic@drawbench deqa@drawbench,openai+http://localhost:8000/v1                    # the paper's tables
+        pickscore@drawbench aesthetic@drawbench deqa@drawbench,pickle+http://localhost:18086                      # the paper's tables
     python evaluate.py --folders theirs=pictures --tasks ocr=ocr_test.txt --reward ocr       # pictures that any program made
+    python evaluate.py --report                                            # also OUT/report.html, to look at every picture
 
 Pictures lie in OUT/MODEL/TASK/samples/PROMPT_000000.png, the layout of T2I-CompBench++: its own scorers take --out_dir OUT/MODEL/TASK.
 Beside results.json there are results.md and samples.png. The table does not depend on the number of processes.
@@ -16,11 +17,15 @@ Beside results.json there are results.md and samples.png. The table does not dep
 import argparse
 import contextlib
 import hashlib
+import html
 import json
+import math
 import os
+import pathlib
 import queue
 import re
 import threading
+import urllib.parse
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +46,17 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
 add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="the rows, LoRAs or full fine-tunes; `base` is the bare model")
-add("--folders", nargs="+", metavar="NAME=DIR", help="instead of models: pictures in DIR/TASK (or DIR), numbered from 0 in the prompts' order")
+add("--folders", nargs="+", metavar="NAME=DIR",
+    help="instead of models: pictures in DIR/TASK (or DIR; or the folder samples in it), in the prompts' order, as many as the prompts "
+    "times --samples-per-prompt. Their names end in a number, from 0 or 1 on (as here, PROMPT_000000.png, which is T2I-CompBench's; "
+    "image_0.png or 0.jpg, as people save what diffusers makes; ComfyUI_00001_.png), or begin with it (A1111's 00000-SEED.png); or lie in "
+    "GenEval's folders, 00000/samples/0000.png. png, jpg, webp, bmp, avif, tiff")
 add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt or .jsonl)")
 add("--samples-per-prompt", type=int, default=1, help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
 add("--reward", nargs="+", metavar="NAME[@TASK]", help="the columns; one called like a task, or tied to one, scores that task only")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
+add("--report", action="store_true", help="write OUT/report.html too: all models' pictures side by side, scores under them, to be sorted")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
 add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
@@ -75,26 +85,74 @@ names = list(folders) or (["base"] if "base" in args.models else []) + list(spec
 guidance = {name: specs[name]["guidance"] if name in specs else args.guidance for name in names}
 
 
-def made_elsewhere(name, task):
-    """The files of --folders that belong to a task's prompts: the last number in a file's name is its place."""
-    place = os.path.join(folders[name], task)
-    if not os.path.isdir(place):
-        place = folders[name] if len(prompts) == 1 else place
-    files = {}
-    for file in sorted(os.listdir(place)) if os.path.isdir(place) else die(f"--folders {name}: there is no folder {place}"):
-        if (number := re.search(r"(\d+)\D*\.(png|jpe?g|webp)$", file, re.I)):
-            if int(number[1]) in files:
-                die(f"--folders {name}: {place} has two pictures with the number {int(number[1])}")
-            files[int(number[1])] = os.path.join(place, file)
-    if missing := [i for i in range(len(prompts[task])) if i not in files]:
-        die(f"--folders {name}: {place} has no picture number {missing[0]}; the task's prompts need 0 to {len(prompts[task]) - 1}")
-    return [files[i] for i in range(len(prompts[task]))]
+def title(row):
+    """A prompt, as far as a file name can hold it."""
+    unfit = r"[/\\\x00-\x1f_]" if os.name != "nt" else r'[/\\\x00-\x1f_"<>:|?*]'
+    return re.sub(unfit, " ", row["prompt"]).encode(errors="ignore")[:200].decode(errors="ignore")
 
 
 def to_be_made(name, task):
-    """Where this program's pictures go: the prompt, as far as a file name can hold it, and the number."""
-    title = lambda row: re.sub(r"[/\\\x00-\x1f_]", " ", row["prompt"]).encode(errors="ignore")[:200].decode(errors="ignore")
-    return [os.path.join(args.out, name, task, "samples", f"{title(row)}_{i:06d}.png") for i, row in enumerate(prompts[task])]
+    """Where this program's pictures go: the prompt and the number."""
+    place = os.path.join(args.out, name, task, "samples")
+    return [os.path.join(place, f"{title(row)}_{i:06d}.png") for i, row in enumerate(prompts[task])]
+
+
+def ordered(pictures, numbers, needed):
+    """Files in the order of their numbers, which must be 0 to needed - 1, or 1 to needed, each once; else ValueError."""
+    numbered = {}
+    for file, number in zip(pictures, numbers):
+        if number is None:
+            raise ValueError(f"{file.name} has no number")
+        if number in numbered:
+            raise ValueError(f"{numbered[number].name} and {file.name} have the same number")
+        numbered[number] = file
+    wanted = range(1, needed + 1) if min(numbered) == 1 else range(needed)
+    absent, surplus = [n for n in wanted if n not in numbered], [n for n in numbered if n not in wanted]
+    if absent:
+        raise ValueError(f"no picture has the number {absent[0]}")
+    if surplus:
+        raise ValueError(f"{numbered[surplus[0]].name} is one too many for {needed} pictures")
+    return [numbered[n] for n in wanted]
+
+
+def made_elsewhere(name, task):
+    """The files of --folders that belong to a task's prompts, in their order. A number is looked for in each place where programs put
+    it; where none of these gives every number once, or two differ, nobody can say which picture is whose."""
+    place, each, needed = pathlib.Path(folders[name], task), args.samples_per_prompt, len(prompts[task])
+    if not place.is_dir() and len(prompts) == 1:
+        place = pathlib.Path(folders[name])
+    if not place.is_dir():
+        die(f"--folders {name}: there is no folder {place}")
+    geneval = sorted(place.glob("[0-9]*/samples/*"))
+    found = geneval or sorted(place.glob("samples/*")) or sorted(place.glob("*"))
+    pictures = [f for f in found if re.search(r"\.(png|jpe?g|webp|bmp|avif|tiff?)$", f.name, re.I)]
+    per_prompt, rest = divmod(len(pictures), needed // each)
+    if per_prompt != each and per_prompt and not rest:
+        die(f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give --samples-per-prompt {per_prompt}")
+    last = [re.search(r"(\d+)\D*$", f.stem) for f in pictures]
+    ways = {"the last number of a name": [m and int(m[1]) for m in last],
+            "the number that a name begins with": [int(m[0]) if (m := re.match(r"\d+(?=-)", f.stem)) else None for f in pictures]}
+    if geneval:
+        ways = {"the folders' numbers": [int(f.parts[-3]) * each + int(m[1]) if m else None for f, m in zip(pictures, last)]}
+    orders, faults = {}, []
+    for way, numbers in ways.items():
+        try:
+            orders[way] = ordered(pictures, numbers, needed) if pictures else die(f"--folders {name}: {place} has no pictures")
+        except ValueError as error:
+            faults.append(f"by {way}, {error}")
+    if not orders:
+        die(f"--folders {name}: {place}: {'; '.join(faults)}. Its {needed} pictures need numbers from 0 or from 1 on")
+    if len({tuple(order) for order in orders.values()}) > 1:
+        die(f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the number that counts")
+    [(way, order), *_] = orders.items()
+    titles = {title(row) for row in prompts[task]}
+    for row, file in zip(prompts[task], order):
+        named = re.sub(r"_\d+$", "", file.stem)
+        if named in titles and named != title(row):
+            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks others, or in another order?")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for {prompts[task][-1]['prompt']!r}")
+    return [str(file) for file in order]
 
 
 files = {(name, task): (made_elsewhere if folders else to_be_made)(name, task) for name in names for task in prompts}
@@ -161,10 +219,34 @@ for path, settings in settings_files.items():
     write_json(path, settings)
 
 # -- make the pictures, and score them beside that: a thread per reward ----------------------------------------------------
-stop, writing, broken = StopSignal(), threading.Lock(), []
+AT_ONCE = 2 ** 23  # pixels that a reward looks at together; a larger picture comes alone
+stop, writing, broken, unreadable = StopSignal(), threading.Lock(), [], set()
 waiting = {n: queue.Queue(maxsize=4) for n in rewards}
 progress = tqdm(total=sum((len(batch) if missing else 0) + sum(map(len, unscored.values())) for _, _, batch, unscored, missing in jobs),
                 disable=rank != 0, unit="picture or score", mininterval=1)
+
+
+def read_files(name, task, numbers):
+    """The pictures of these numbers, {number: (3, H, W)} of one size and at most AT_ONCE pixels a time. One that cannot be read is said once,
+    and has no scores."""
+    held = {}
+    for i in numbers:
+        try:
+            picture = read_picture(files[name, task][i])
+        except RewardError as error:
+            with writing:
+                progress.update()
+                if (name, task, i) not in unreadable:
+                    tqdm.write(f"{name}, {task}, picture {i}: {error}")
+                unreadable.add((name, task, i))
+            continue
+        shapes = [p.shape for p in held.values()]
+        if held and (shapes[0] != picture.shape or (len(held) + 1) * picture[0].numel() > AT_ONCE):
+            yield held
+            held = {}
+        held[i] = picture
+    if held:
+        yield held
 
 
 def score_all(reward):
@@ -172,68 +254,79 @@ def score_all(reward):
     calls missing; a reward that is unavailable three times in a row is left alone."""
     failures = 0
     while (job := waiting[reward].get()) is not None:
-        name, task, numbers, pictures = job
-        whole = len({p.shape for p in pictures}) == 1
-        parts = [list(range(len(numbers)))] if whole else [[k] for k in range(len(numbers))]
-        while parts and failures < 3 and not stop.name:
-            part = parts.pop(0)
-            try:
-                values = score_batch(torch.stack([pictures[k] for k in part]).to(device), [(task, prompts[task][numbers[k]]) for k in part],
-                                     {reward: rewards[reward]}, prompts)[reward]
-            except RewardError as error:
-                if len(part) > 1:
-                    parts = [[k] for k in part]
-                    continue
-                failures = failures + 1 if isinstance(error, Unavailable) else 0
-                tqdm.write(f"{name}, {task}, picture {numbers[part[0]]}: {error}" + (f"; {reward} is given up" if failures == 3 else ""))
-            else:
-                failures = 0
-                rows = [{"picture": numbers[k], "reward": rewards[reward].identity, "score": v} for k, v in zip(part, values.tolist())]
-                with writing, open(os.path.join(args.out, name, task, f"scores.{rank}.jsonl"), "a") as f:
-                    f.write("".join("\n" * (k == 0) + json.dumps(row) + "\n" for k, row in enumerate(rows)))  # after a line that a full disk cut
-            with writing:
-                progress.update(len(part))
+        name, task, numbers = job
+        for held in read_files(name, task, numbers) if failures < 3 else ():
+            parts = [held]
+            while parts and failures < 3 and not stop.name:
+                part = parts.pop(0)
+                batch = [(task, prompts[task][i]) for i in part]
+                scores, said = [math.nan] * len(part), "no score"
+                try:
+                    scores = score_batch(torch.stack(list(part.values())).to(device), batch, {reward: rewards[reward]}, prompts)[reward].tolist()
+                    failures = 0
+                except RewardError as error:
+                    if len(part) > 1:
+                        parts = [{i: picture} for i, picture in part.items()]
+                        continue
+                    failures = failures + 1 if isinstance(error, Unavailable) else 0
+                    said = f"{error}" + (f"; {reward} is given up" if failures == 3 else "")
+                lines = []
+                for i, value in zip(part, scores):
+                    if math.isnan(value):
+                        tqdm.write(f"{name}, {task}, picture {i}: {said}")
+                    else:
+                        lines.append(json.dumps({"picture": i, "reward": rewards[reward].identity, "score": value}) + "\n")
+                with writing:
+                    with open(os.path.join(args.out, name, task, f"scores.{rank}.jsonl"), "a") as f:
+                        f.write("\n" * bool(lines) + "".join(lines))  # after a line that a full disk cut
+                    progress.update(len(part))
 
 
-def guarded(reward):
-    """A bug or a full disk in a reward's thread ends the program, not only the thread."""
+def guarded(work, *details):
+    """A bug or a full disk ends the program, not only a thread, and not while others are in the middle of something."""
     try:
-        score_all(reward)
+        work(*details)
     except BaseException as error:
         broken.append(error)
         stop.name = "failure"
 
 
-threads = [threading.Thread(target=guarded, args=(n,), name=f"reward {n}", daemon=True) for n in rewards]
+def make_all():
+    """The pictures that are not there yet; every batch is given to the rewards' threads when its files lie on the disk."""
+    for name, task, batch, unscored, missing in jobs:
+        if stop.name:
+            return
+        if missing:
+            made = model.generate([prompts[task][i]["prompt"] for i in batch], generators(args.seed, 0, batch), args.eval_num_steps,
+                                  args.resolution, name, guidance[name])
+            for i, tensor, picture in zip(batch, made, pil(made)):
+                if tensor.isfinite().all():
+                    write(files[name, task][i], encoded(picture))
+                else:
+                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so there is none; is {name} broken?")
+            with writing:
+                progress.update(len(batch))
+        for reward, numbers in unscored.items():
+            while not stop.name:
+                with contextlib.suppress(queue.Full):
+                    waiting[reward].put((name, task, numbers), timeout=1)
+                    break
+
+
+threads = [threading.Thread(target=guarded, args=(score_all, n), name=f"reward {n}", daemon=True) for n in rewards]
 for thread in threads:
     thread.start()
-for name, task, batch, unscored, missing in jobs:
-    if stop.name:
-        break
-    if missing:
-        made = model.generate([prompts[task][i]["prompt"] for i in batch], generators(args.seed, 0, batch), args.eval_num_steps,
-                              args.resolution, name, guidance[name])
-        for i, picture in zip(batch, pil(made)):
-            write(files[name, task][i], encoded(picture))
-        with writing:
-            progress.update(len(batch))
-    pictures = {i: read_picture(files[name, task][i]) for i in batch if unscored}
-    for reward, numbers in unscored.items():
-        while not stop.name:
-            try:
-                waiting[reward].put((name, task, numbers, [pictures[i] for i in numbers]), timeout=1)
-                break
-            except queue.Full:
-                pass
+guarded(make_all)
 for reward, thread in zip(rewards, threads):
     while thread.is_alive() and not stop.name:
-        if not waiting[reward].full():
-            waiting[reward].put(None)
+        with contextlib.suppress(queue.Full):
+            waiting[reward].put(None, timeout=0.2)
             while thread.is_alive() and not stop.name:
                 thread.join(0.2)
-        thread.join(0.2)
 progress.close()
 if broken:
+    for thread in threads:
+        thread.join(5)  # an interpreter that shuts down under a thread at work may abort
     raise broken[0]
 if stop.arrived(device):
     end_processes(accelerator, f"stopped; the same command goes on from what lies in {args.out}")
@@ -241,11 +334,26 @@ accelerator.wait_for_everyone()
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------------
+def thumbnail(file, side):
+    """A picture file, reduced to at most `side` pixels: (3, h, w); grey if it cannot be read."""
+    try:
+        picture = read_picture(file)
+    except RewardError:
+        return torch.full((3, side, side), 0.5)
+    scale = min(1, side / max(picture.shape[1:]))
+    return F.interpolate(picture[None], [max(1, round(n * scale)) for n in picture.shape[1:]], mode="area")[0]
+
+
 def diversity(name, task):
     """How much the pictures of one prompt differ: the mean over its pairs of the root mean square difference of pixels (in [0, 1], of
-    pictures reduced to 64 x 64). -> (number of prompts,) float64"""
-    small = torch.cat([F.interpolate(read_picture(f)[None], (64, 64), mode="area") for f in files[name, task]]).double().flatten(1)
-    groups = small.view(-1, args.samples_per_prompt, small.shape[1])
+    pictures reduced to 64 x 64). -> (number of prompts,) float64, NaN where a picture cannot be read"""
+    small = []
+    for file in files[name, task]:
+        try:
+            small.append(F.interpolate(read_picture(file)[None], (64, 64), mode="area").double().flatten())
+        except RewardError:
+            small.append(torch.full((3 * 64 * 64,), math.nan, dtype=torch.float64))
+    groups = torch.stack(small).view(-1, args.samples_per_prompt, 3 * 64 * 64)
     i, j = torch.triu_indices(args.samples_per_prompt, args.samples_per_prompt, 1)
     return (groups[:, i] - groups[:, j]).square().mean(-1).sqrt().mean(1)
 
@@ -277,11 +385,100 @@ def summary(name):
                 row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors) if None not in errors else None
     if args.samples_per_prompt > 1:
         apart = {task: diversity(name, task) for task in prompts}
-        row["scores"]["diversity"], row["stderr"]["diversity"] = mean_error(torch.cat(list(apart.values())))
-        row["tasks"]["diversity"] = {task: mean_error(values) for task, values in apart.items()}
+        everything = torch.cat(list(apart.values()))
+        if everything.isnan().any():
+            row["missing"]["diversity"] = everything.isnan().sum().item()
+        else:
+            row["scores"]["diversity"], row["stderr"]["diversity"] = mean_error(everything)
+            row["tasks"]["diversity"] = {task: mean_error(values) for task, values in apart.items()}
     if all(reward in row["scores"] for reward in PAPER):
         row["scores"]["average"] = sum(row["scores"][reward] for reward in PAPER) / len(PAPER)
     return row
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation</title>
+<style>
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff }
+#tables { display: flex; flex-wrap: wrap; gap: 0 3em; align-items: end } table { border-collapse: collapse; margin: .5em 0 1em } td, th { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
+td:first-child, th:first-child { text-align: left } nav { position: sticky; top: 0; background: #fffe; padding: .6em 0; z-index: 1 }
+nav label { margin-right: 1.2em } article { border-top: 1px solid #ddd; padding: .5em 0; content-visibility: auto; contain-intrinsic-size: 1px 240px }
+h2 { font-size: 1em; font-weight: 600; margin: .3em 0 } h2 small { font-weight: normal; color: #777 }
+.models { display: flex; gap: .8em; overflow-x: auto } figure { margin: 0; flex: none; width: var(--side) } img { width: 100%; display: block; min-height: 1.4em;
+background: #eee; image-rendering: IMAGES } figure + figure { margin-top: .3em } figcaption { font-size: .8em; color: #555 } .model { font-size: .85em; font-weight: 600 }
+</style></head><body style="--side: 180px"><h1>Evaluation</h1>
+<div id="tables">TABLES</div>
+<nav><label>task <select id="task"><option value="">all</option>TASKS</select></label>
+<label>sort by <select id="reward"><option value="">the order of the prompts</option>REWARDS</select></label>
+<label>of <select id="model">MODELS</select></label><label>less that of <select id="other"><option value="">none</option>MODELS</select></label>
+<label><select id="first"><option value="1">worst first</option><option value="-1">best first</option></select></label>
+<label>size <input id="side" type="range" min="60" max="600" value="180"></label><span id="count"></span></nav>
+<main>
+PROMPTS
+</main>
+<script>
+const get = id => document.getElementById(id), articles = [...document.querySelectorAll("article")];
+const scores = new Map(articles.map(a => [a, JSON.parse(a.dataset.scores)]));
+function value(article) {
+  const of = name => (scores.get(article)[name] || {})[get("reward").value];
+  const [one, other] = [of(get("model").value), get("other").value ? of(get("other").value) : 0];
+  return one == null || other == null ? null : one - other;
+}
+function show() {
+  const reward = get("reward").value, task = get("task").value, sign = +get("first").value;
+  const shown = articles.filter(a => (!task || a.dataset.task == task) && (!reward || a.dataset.rewards.split(" ").includes(reward)));
+  if (reward) shown.sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    return x == null || y == null ? (x != null) - (y != null) : sign * (x - y);
+  });
+  document.querySelector("main").replaceChildren(...shown);
+  get("count").textContent = shown.length + " prompts";
+}
+document.querySelectorAll("select").forEach(s => s.addEventListener("change", show));
+get("side").addEventListener("input", () => document.body.style.setProperty("--side", get("side").value + "px"));
+show();
+</script></body></html>
+"""
+
+
+def table_html(text):
+    """A Markdown table, with its title if it has one, as HTML."""
+    heading, _, lines = text.rpartition("\n\n")
+    rows = [[html.escape(c.strip()) for c in line.strip("|").split("|")] for line in lines.split("\n") if not line.startswith("|---")]
+    head, *body = ["".join(f"<{tag}>{c}</{tag}>" for c in row) for row, tag in zip(rows, ["th"] + ["td"] * len(rows))]
+    return f"<div><h2>{html.escape(heading)}</h2><table><tr>" + "</tr>\n<tr>".join([head, *body]) + "</tr></table></div>"
+
+
+def report(tables):
+    """One page to look at everything: the tables, and of every prompt the pictures of all models side by side with their scores under them.
+    It needs nothing but the picture files, which it shows from where they lie."""
+    have = {(name, task): read_scores(name, task) for name in names for task in prompts}
+
+    def link(file):
+        return html.escape(urllib.parse.quote(pathlib.Path(os.path.relpath(file, args.out)).as_posix()))
+    articles = []
+    for task, rows in prompts.items():
+        scored = rewards_of(task, rewards, prompts)
+        for first in range(0, len(rows), args.samples_per_prompt):
+            numbers, means, columns = range(first, first + args.samples_per_prompt), {}, []
+            for name in names:
+                figures, values = [], {reward: [have[name, task].get((rewards[reward].identity, i)) for i in numbers] for reward in scored}
+                for k, i in enumerate(numbers):
+                    said = ", ".join(f"{reward} {'missing' if v[k] is None else format(v[k], '.3f')}" for reward, v in values.items())
+                    figures.append(f'<figure><a href="{link(files[name, task][i])}"><img loading="lazy" src="{link(files[name, task][i])}" '
+                                   f'alt="no picture"></a><figcaption>{html.escape(said)}</figcaption></figure>')
+                means[name] = {reward: None if None in v else sum(v) / len(v) for reward, v in values.items()}
+                columns.append(f'<div><div class="model">{html.escape(name)}</div>{"".join(figures)}</div>')
+            articles.append(f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" data-scores="{html.escape(json.dumps(means))}">'
+                            f'<h2>{html.escape(rows[first]["prompt"])} <small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>'
+                            f'<div class="models">{"".join(columns)}</div></article>')
+    small = max(thumbnail(files[name, task][0], 128).shape[-1] for name in names for task in prompts) < 128
+
+    def options(values):
+        return "".join(f"<option>{html.escape(v)}</option>" for v in values)
+    parts = {"IMAGES": "pixelated" if small else "auto", "TABLES": "\n".join(map(table_html, tables)), "TASKS": options(prompts),
+             "REWARDS": options(rewards), "MODELS": options(names), "PROMPTS": "\n".join(articles)}
+    return re.sub("|".join(parts), lambda m: parts[m[0]], PAGE)
 
 
 if rank == 0:
@@ -295,13 +492,15 @@ if rank == 0:
                 tables.append(f"{reward} by {kind[:-1]}:\n\n{markdown(parts)}")
     shown = max(2, 12 // len(prompts))  # of each task, one picture a prompt
     chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), args.samples_per_prompt)[:shown]]
-    save_grid(os.path.join(args.out, "samples.png"), {name: [read_picture(files[name, task][i]) for task, i in chosen] for name in names},
+    save_grid(os.path.join(args.out, "samples.png"), {name: [thumbnail(files[name, task][i], 512) for task, i in chosen] for name in names},
               [prompts[task][i]["prompt"] for task, i in chosen])
     write_json(os.path.join(args.out, "results.json"), results)
     write(os.path.join(args.out, "results.md"), "\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
     lost = {f"{r['model']}: {n} of {reward}" for r in results for reward, n in r["missing"].items()}
-    print(f"done: {args.out}/results.json (also results.md, samples.png)")
+    if args.report:
+        write(os.path.join(args.out, "report.html"), report(tables))
+    print(f"done: {args.out}/results.json (also results.md, samples.png{', report.html' if args.report else ''})")
     if lost:
         end_processes(accelerator, f"scores are missing ({', '.join(sorted(lost))}); the same command tries again")
 end_processes(accelerator)

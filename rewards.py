@@ -1144,12 +1144,14 @@ def identity(name, function):
     parts = settings_of(function.func) | function.keywords
     for key in ("timeout", "retries", "name"):
         parts.pop(key, None)
+    if "url" in parts:
+        parts["protocol"] = function.func.__name__
     parts = {k: fingerprint(v) if isinstance(v, str) and os.path.exists(v) else v for k, v in parts.items()}
     if "." in name and function.func not in (served, served_pickle):
         parts["module"] = fingerprint(os.path.join(HERE, name.rpartition(".")[0] + ".py"))
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]):
         parts["version"] = importlib.metadata.version(PACKAGES[name])
-    return f"{name} {function.func.__name__} {json.dumps(parts, sort_keys=True, default=str)}"
+    return f"{name} {json.dumps(parts, sort_keys=True, default=str)}"
 
 
 def rewards_of(task, rewards, tasks):

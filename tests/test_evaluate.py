@@ -1,16 +1,21 @@
 """evaluate.py: the same table whatever the processes and the interruptions, pictures of other programs, missing scores, the paper's columns."""
 
+import html.parser
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 
 import pytest
 import torch
 from conftest import ROOT, few, refused, run
 from PIL import Image
+from test_rewards import bad_pictures
 
 import rewards
 
@@ -84,6 +89,9 @@ import torch
 def value(name):
     return lambda images, prompts, metadata: torch.tensor([m["wanted"][name] for m in metadata], dtype=torch.float32)
 geneval, geneval_strict, ocr, deqa, pickscore = map(value, ("geneval", "geneval_strict", "ocr", "deqa", "pickscore"))
+def grey(images, prompts, metadata):
+    wanted = torch.tensor([m["grey"] for m in metadata])
+    return ((images[:, 0, 0, 0] * 255 - wanted).abs() < 3).float()
 def fickle(images, prompts, metadata):
     from rewards import RewardError
     from rewards import Unavailable
@@ -160,12 +168,178 @@ def test_folders_are_checked(tmp_path, fake):
     command = ["evaluate.py", *folder_of(tmp_path, rows), "--reward", f"{fake}.ocr"]
     assert "jpeg@ocrs: no such task; there are geneval" in refused(*command, "jpeg@ocrs")
     os.remove(tmp_path / "theirs/picture-1.jpg")
-    assert "has no picture number 1; the task's prompts need 0 to 2" in refused(*command)
+    assert "by the last number of a name, no picture has the number 1" in refused(*command)
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs/other_000001.png")
     run(*command)
     assert table(tmp_path / "out")[0]["scores"] == {"ocr": 1}
     Image.new("RGB", (9, 9), "red").save(tmp_path / "theirs/other_000001.png")
     assert "is of another evaluation: pictures was" in refused(*command)
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs/second_1.png")
-    assert "two pictures with the number 1" in refused(*command)
+    assert "other_000001.png and second_1.png have the same number" in refused(*command)
     assert "there is no folder" in refused("evaluate.py", "--folders", f"x={tmp_path}/nowhere", *command[3:])
+    (tmp_path / "empty").mkdir()
+    assert "has no pictures" in refused("evaluate.py", "--folders", f"x={tmp_path}/empty", *command[3:])
+
+
+PROMPTS = [f"a sign {n} with 7 letters" for n in "abcdef"]
+
+
+def score_of(tmp_path, names, *more, prompts=PROMPTS, each=1):
+    """The mean score of pictures of these names, each grey as its prompt's number says: 1 if all are taken for what they are. names: for
+    each prompt, or for each of its pictures, a path below the folder."""
+    folder = tmp_path / "theirs"
+    shutil.rmtree(folder, ignore_errors=True)
+    for k, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * (k // each),) * 3).save(folder / name)
+    rows = [{"prompt": p, "grey": 10 * k} for k, p in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    command = ["evaluate.py", "--folders", f"theirs={folder}", "--tasks", f"signs={tmp_path}/rows.jsonl", "--reward", "fake_rewards_of_the_tests.grey", *more]
+    run(*command, "--out", tmp_path / "out")
+    return table(tmp_path / "out")[0]["scores"]["grey"]
+
+
+ROWS = range(len(PROMPTS))
+SEEDS = 3141592653, 2718281828, 1414213562, 1732050807, 5772156649, 1618033988
+
+
+@pytest.mark.parametrize("names, each", [
+    ([f"samples/{p}_{i:06d}.png" for i, p in enumerate(PROMPTS)], 1),                    # our own, and T2I-CompBench's
+    ([f"signs/samples/{PROMPTS[i // 2]}_{i:06d}.png" for i in range(12)], 2),
+    ([f"{i:05d}/samples/{k:04d}.png" for i in ROWS for k in range(4)], 4), ([f"{i:05d}/samples/0000.png" for i in ROWS], 1),  # GenEval's
+    ([f"{i}.jpg" for i in ROWS], 1), ([f"{i + 1:03d}.png" for i in ROWS], 1), ([f"{i}.png" for i in range(12)], 2),          # plain
+    ([f"image_{i}.webp" for i in ROWS], 1), ([f"flux_dev_{i:02d}.tiff" for i in ROWS], 1), ([f"sd3.5-{i}.bmp" for i in ROWS], 1),  # diffusers'
+    ([f"ComfyUI_{i + 1:05d}_.png" for i in ROWS], 1), ([f"sd3_1024_{i + 1:05d}_.avif" for i in ROWS], 1),
+    ([f"{i:05d}-{seed}.png" for i, seed in enumerate(SEEDS)], 1), ([f"{i:05d}-42.png" for i in ROWS], 1),                    # A1111's
+    ([f"{i:05d}-{seed}-{p}.png" for i, (seed, p) in enumerate(zip(SEEDS, PROMPTS))], 1), ([f"{i:05d}-{77 + i}.png" for i in ROWS], 1)])
+def test_layouts_of_folders(tmp_path, fake, capsys, names, each):
+    more = ["--samples-per-prompt", each] if each > 1 else []
+    assert score_of(tmp_path, names, *more, each=each) == pytest.approx(1)
+    said = capsys.readouterr().out
+    assert f"theirs, signs: {len(names)} pictures by the " in said and f"e.g. {os.path.basename(names[-1])} is taken for '{PROMPTS[-1]}'" in said
+
+
+@pytest.mark.parametrize("names, more, message", [
+    ([f"{i}.png" for i in range(24)], [], "has 24 pictures for 6 prompts; give --samples-per-prompt 4"),
+    ([f"{i:05d}/samples/{k:04d}.png" for i in ROWS for k in range(2)], [], "give --samples-per-prompt 2"),
+    ([f"{i}.png" for i in ROWS], ["--samples-per-prompt", 4], "has 6 pictures for 6 prompts; give --samples-per-prompt 1"),
+    ([f"{i}.png" for i in range(7)], [], "6.png is one too many for 6 pictures"), ([f"{i + 2}.png" for i in ROWS], [], "no picture has the number 0"),
+    ([*[f"{i}.png" for i in ROWS], "grid.png"], [], "grid.png has no number"), ([f"{i}.png" for i in ROWS[1:]], [], "no picture has the number"),
+    ([*[f"{i}.png" for i in ROWS[:-1]], "4.jpg"], [], "4.jpg and 4.png have the same number"),
+    ([f"{seed}.png" for seed in SEEDS], [], "no picture has the number 0"),
+    ([f"{5 - i}-{i}.png" for i in ROWS], [], "give different orders; let names end in the number that counts"),
+    ([f"{p}_{5 - i:06d}.png" for i, p in enumerate(PROMPTS)], [], "would be taken for 'a sign"),
+    ([f"{p}_0.png" for p in PROMPTS], [], "have the same number")])
+def test_folders_that_leave_a_doubt_are_refused(tmp_path, fake, names, more, message):
+    with pytest.raises(SystemExit, match=f"evaluate.py: --folders theirs.*{re.escape(message)}"):
+        score_of(tmp_path, names, *more)
+
+
+def test_bad_pictures_cost_their_own_scores_only(tmp_path, fake, capsys):
+    """Cut, no picture, too large in text or in pixels: these have no scores, are said once, and the others' are there; so too the second time."""
+    bad = list(bad_pictures(tmp_path).values())
+    rows = [{"prompt": f"p{i}", "wanted": {"ocr": 1, "deqa": 0.5}} for i in range(12)]
+    command = ["evaluate.py", *folder_of(tmp_path, rows, "things"), "--reward", f"{fake}.ocr", f"{fake}.deqa", "jpeg", "--report"]
+    for i, file in enumerate(bad):
+        os.remove(tmp_path / f"theirs/picture-{2 * i}.jpg")
+        shutil.copy(file, tmp_path / f"theirs/picture-{2 * i}{file.suffix}")
+    for _ in range(2):
+        assert "scores are missing (theirs: 6 of deqa, theirs: 6 of jpeg, theirs: 6 of ocr)" in refused(*command)
+        said = capsys.readouterr()
+        assert (said.out + said.err).count("not a picture that can be read") == len(bad)
+    [row] = table(tmp_path / "out")
+    assert row["missing"] == {"ocr": 6, "deqa": 6, "jpeg": 6} and row["scores"] == {}
+    scored = [json.loads(line) for f in (tmp_path / "out/theirs/things").glob("scores*.jsonl") for line in f.read_text().split("\n") if line]
+    assert sorted({r["picture"] for r in scored}) == [1, 3, 5, 7, 9, 11] and len(scored) == 18
+    assert "6 missing" in (tmp_path / "out/results.md").read_text() and "ocr missing" in (tmp_path / "out/report.html").read_text()
+
+
+def test_pictures_that_are_not_finite_are_not_scored(tmp_path, monkeypatch, loras, capsys):
+    import flow_sde
+    plain = flow_sde.SD3.generate
+
+    def generate(self, prompts, *rest):
+        pictures = plain(self, prompts, *rest)
+        pictures[1, 0, 3, 4] = float("nan")
+        return pictures
+    monkeypatch.setattr(flow_sde.SD3, "generate", generate)
+    command = ["evaluate.py", "--models", "base", "--tasks", few("test", 3, str(tmp_path))[0], "--reward", "toy.compose", "--eval-num-steps", 1, "--out", tmp_path / "out"]
+    assert "base: 1 of compose" in refused(*command)
+    assert "base, compose, picture 1: not finite" in capsys.readouterr().out and len(pictures(tmp_path / "out")) == 2
+
+
+def test_memory_is_bounded_by_pixels(tmp_path):
+    """Six pictures of 4,096 x 4,096 in a batch of six: one of them at a time, 200 MB in floating point."""
+    Image.new("RGB", (4096, 4096), "navy").save(tmp_path / "0.png", compress_level=1)
+    (tmp_path / "theirs").mkdir()
+    for i in range(6):
+        os.link(tmp_path / "0.png", tmp_path / f"theirs/{i}.png")
+    (tmp_path / "p.txt").write_text("a\n" * 6)
+    program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+               "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    argv = ["--folders", f"x={tmp_path}/theirs", "--tasks", f"t={tmp_path}/p.txt", "--reward", "jpeg", "--eval-batch-size", 6, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", program, "evaluate.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    peak = int(done.stdout.split("peak ")[1]) / 2 ** 20
+    print(f"{peak:.2f} GB")
+    assert peak < 1.9 and Image.open(tmp_path / "out/samples.png").width < 8000
+
+
+class Page(html.parser.HTMLParser):
+    """What a report shows: [(task, prompt, {model: [(file, caption)]}, scores)], tables' cells, scripts and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.articles, self.cells, self.scripts, self.links, self.inside, self.open = [], [], [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.inside, self.links = attributes.get("class") or tag, self.links + [v for k, v in attributes.items() if k in ("src", "href")]
+        if tag == "article":
+            self.articles.append([attributes["data-task"], "", {}, json.loads(attributes["data-scores"])])
+        if tag == "img":
+            self.articles[-1][2][self.open].append([attributes["src"], ""])
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.inside in ("td", "th"):
+            self.cells[-1] += data
+        elif self.inside == "script":
+            self.scripts.append(data)
+        elif self.articles and self.inside == "h2":
+            self.articles[-1][1] += data
+        elif self.articles and self.inside == "model":
+            self.open = data
+            self.articles[-1][2][data] = []
+        elif self.articles and self.inside == "figcaption":
+            self.articles[-1][2][self.open][-1][1] += data
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+
+def test_report(tmp_path, loras):
+    """Every prompt with all models' pictures and their scores, and the tables, on one page that needs nothing but the pictures."""
+    strange = 'a <script>alert("1")</script> & 100% of #1? "TL"'
+    (tmp_path / "ocr.txt").write_text(strange + '\na pink sign saying "LZ"\n')
+    run("evaluate.py", "--models", "base", f"mine={loras['ocr']}", "--tasks", few("test", 3, str(tmp_path))[0], f"ocr={tmp_path}/ocr.txt", "--samples-per-prompt", 2,
+        "--reward", "toy.compose", "jpeg", "--eval-num-steps", 1, "--out", tmp_path / "out", "--report")
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    assert [task for task, *_ in page.articles] == ["compose"] * 3 + ["ocr"] * 2 and page.articles[3][1].strip() == strange
+    rows = {r["model"]: r for r in table(tmp_path / "out")}
+    for task, prompt, models, scores in page.articles:
+        assert list(models) == ["base", "mine"] and all(len(shown) == 2 for shown in models.values())
+        for name, shown in models.items():
+            files = [tmp_path / "out" / urllib.parse.unquote(src) for src, _ in shown]
+            assert all(f.is_file() and f.parts[-4:-1] == (name, task, "samples") for f in files)
+            images = torch.stack([rewards.read_picture(f) for f in files])
+            for caption, value in zip((c for _, c in shown), rewards.jpeg(images).tolist()):
+                assert f"jpeg {value:.3f}" in caption and ("compose" in caption) == (task == "compose")
+            assert scores[name]["jpeg"] == pytest.approx(rewards.jpeg(images).mean().item(), abs=1e-6)
+    for name, row in rows.items():
+        assert f"{row['scores']['jpeg']:.3f} ± {row['stderr']['jpeg']:.3f}" in page.cells and name in page.cells
+    assert len(page.scripts) == 1 and "alert" not in page.scripts[0] and all(link.startswith(("base/", "mine/")) for link in page.links)
+    assert "http" not in text.replace("https://", "http") and text.count("<script") == 1

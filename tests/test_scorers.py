@@ -354,4 +354,4 @@ def test_cached_scores_are_of_the_same_weights_servers_and_versions(tmp_path, mo
     assert of("qwenvl", f"qwenvl.prompt=@{tmp_path}/a.txt") == of("qwenvl", "qwenvl.prompt=Rate {prompt}") != of("qwenvl")
     before = of("ocr")
     monkeypatch.setattr(rewards.importlib.metadata, "version", lambda package: "9.9")
-    assert before != of("ocr") and "9.9" in of("ocr") and of("jpeg") == "jpeg jpeg {}"
+    assert before != of("ocr") and "9.9" in of("ocr") and of("jpeg") == "jpeg {}"

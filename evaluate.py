@@ -359,39 +359,44 @@ def diversity(name, task):
 
 
 def summary(name):
-    """A model's row of results.json. A reward with a score missing has no mean. GenEval's is the mean of its tags' means, as its authors have it."""
+    """A model's row of results.json. Means are over the scores that are there; `missing` counts those that are not. GenEval's is the
+    mean of its tags' means, as its authors have it."""
     row = {"model": name, "n": sum(map(len, prompts.values())), "scores": {}, "stderr": {}, "tasks": {}, "tags": {}, "missing": {}}
+
+    def means(groups):
+        return {key: mean_error(torch.tensor(values, dtype=torch.float64)) for key, values in groups.items()}
+
+    def add(column, by_task, lost):
+        if lost:
+            row["missing"][column] = lost
+        if by_task:
+            everything = [v for values in by_task.values() for v in values]
+            row["scores"][column], row["stderr"][column] = means({"": everything})[""]
+            row["tasks"][column] = means(by_task)
+
     have = {task: read_scores(name, task) for task in prompts}
     for reward, (*_, identity) in rewards.items():
-        scored = [task for task in prompts if reward in rewards_of(task, rewards, prompts)]
-        values = {task: [have[task].get((identity, i)) for i in range(len(prompts[task]))] for task in scored}
-        if lost := sum(v is None for some in values.values() for v in some):
-            row["missing"][reward] = lost
-            continue
-        if not scored:
-            continue
-        everything = torch.tensor([v for some in values.values() for v in some], dtype=torch.float64)
-        row["scores"][reward], row["stderr"][reward] = mean_error(everything)
-        row["tasks"][reward] = {task: mean_error(torch.tensor(some, dtype=torch.float64)) for task, some in values.items()}
-        tagged = {}
-        for task in scored:
-            for v, prompt in zip(values[task], prompts[task]):
-                tagged.setdefault(prompt.get("tag"), []).append(v)
-        if None not in tagged:
-            row["tags"][reward] = {tag: mean_error(torch.tensor(some, dtype=torch.float64)) for tag, some in tagged.items()}
+        by_task, by_tag, lost = {}, {}, 0
+        for task in prompts:
+            for i, prompt in enumerate(prompts[task] if reward in rewards_of(task, rewards, prompts) else ()):
+                value = have[task].get((identity, i))
+                if value is None:
+                    lost += 1
+                    continue
+                by_task.setdefault(task, []).append(value)
+                by_tag.setdefault(prompt.get("tag"), []).append(value)
+        add(reward, by_task, lost)
+        if by_tag and None not in by_tag:
+            row["tags"][reward] = means(by_tag)
             if reward.startswith("geneval"):
-                means, errors = zip(*row["tags"][reward].values())
-                row["scores"][reward] = sum(means) / len(means)
+                tag_means, errors = zip(*row["tags"][reward].values())
+                row["scores"][reward] = sum(tag_means) / len(tag_means)
                 row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors) if None not in errors else None
     if args.samples_per_prompt > 1:
         apart = {task: diversity(name, task) for task in prompts}
-        everything = torch.cat(list(apart.values()))
-        if everything.isnan().any():
-            row["missing"]["diversity"] = everything.isnan().sum().item()
-        else:
-            row["scores"]["diversity"], row["stderr"]["diversity"] = mean_error(everything)
-            row["tasks"]["diversity"] = {task: mean_error(values) for task, values in apart.items()}
-    if all(reward in row["scores"] for reward in PAPER):
+        by_task = {task: values[~values.isnan()].tolist() for task, values in apart.items() if not values.isnan().all()}
+        add("diversity", by_task, sum(values.isnan().sum().item() for values in apart.values()))
+    if all(reward in row["scores"] and reward not in row["missing"] for reward in PAPER):
         row["scores"]["average"] = sum(row["scores"][reward] for reward in PAPER) / len(PAPER)
     return row
 

@@ -139,8 +139,9 @@ def test_a_missing_score_is_missing_and_not_zero(tmp_path, fake, capsys):
     command = ["evaluate.py", *folder_of(tmp_path, rows, "things"), "--reward", f"{fake}.fickle", f"{fake}.ocr"]
     assert "scores are missing (theirs: 1 of fickle); the same command tries again" in refused(*command)
     [row] = table(tmp_path / "out")
-    assert row["missing"] == {"fickle": 1} and "fickle" not in row["scores"] and row["scores"]["ocr"] == 1
-    assert "| model | ocr | fickle |" in (tmp_path / "out/results.md").read_text() and "| theirs | 1.000 ± 0.000 | 1 missing |" in (tmp_path / "out/results.md").read_text()
+    assert row["missing"] == {"fickle": 1} and row["scores"] == {"fickle": 1, "ocr": 1}
+    said = (tmp_path / "out/results.md").read_text()
+    assert "| model | fickle | ocr |" in said and "| theirs | 1.000 ± 0.000, 1 missing | 1.000 ± 0.000 |" in said
     scored = (tmp_path / "out/theirs/things/scores.jsonl").read_text() + (tmp_path / "out/theirs/things/scores.0.jsonl").read_text()
     assert scored.count("fickle") == 4 and scored.count(".ocr") == 5
 
@@ -249,10 +250,10 @@ def test_bad_pictures_cost_their_own_scores_only(tmp_path, fake, capsys):
         said = capsys.readouterr()
         assert (said.out + said.err).count("not a picture that can be read") == len(bad)
     [row] = table(tmp_path / "out")
-    assert row["missing"] == {"ocr": 6, "deqa": 6, "jpeg": 6} and row["scores"] == {}
+    assert row["missing"] == {"ocr": 6, "deqa": 6, "jpeg": 6} and row["scores"]["ocr"] == 1 and row["scores"]["deqa"] == 0.5
     scored = [json.loads(line) for f in (tmp_path / "out/theirs/things").glob("scores*.jsonl") for line in f.read_text().split("\n") if line]
     assert sorted({r["picture"] for r in scored}) == [1, 3, 5, 7, 9, 11] and len(scored) == 18
-    assert "6 missing" in (tmp_path / "out/results.md").read_text() and "ocr missing" in (tmp_path / "out/report.html").read_text()
+    assert "0.500 ± 0.000, 6 missing" in (tmp_path / "out/results.md").read_text() and "ocr missing" in (tmp_path / "out/report.html").read_text()
 
 
 def test_pictures_that_are_not_finite_are_not_scored(tmp_path, monkeypatch, loras, capsys):
@@ -270,15 +271,15 @@ def test_pictures_that_are_not_finite_are_not_scored(tmp_path, monkeypatch, lora
 
 
 def test_memory_is_bounded_by_pixels(tmp_path):
-    """Six pictures of 4,096 x 4,096 in a batch of six: one of them at a time, 200 MB in floating point."""
+    """Four pictures of 4,096 x 4,096 in a batch of four: one of them at a time, 200 MB in floating point."""
     Image.new("RGB", (4096, 4096), "navy").save(tmp_path / "0.png", compress_level=1)
     (tmp_path / "theirs").mkdir()
-    for i in range(6):
+    for i in range(4):
         os.link(tmp_path / "0.png", tmp_path / f"theirs/{i}.png")
-    (tmp_path / "p.txt").write_text("a\n" * 6)
+    (tmp_path / "p.txt").write_text("a\n" * 4)
     program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
                "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    argv = ["--folders", f"x={tmp_path}/theirs", "--tasks", f"t={tmp_path}/p.txt", "--reward", "jpeg", "--eval-batch-size", 6, "--out", tmp_path / "out"]
+    argv = ["--folders", f"x={tmp_path}/theirs", "--tasks", f"t={tmp_path}/p.txt", "--reward", "jpeg", "--eval-batch-size", 4, "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", program, "evaluate.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     peak = int(done.stdout.split("peak ")[1]) / 2 ** 20
     print(f"{peak:.2f} GB")
@@ -343,3 +344,13 @@ def test_report(tmp_path, loras):
         assert f"{row['scores']['jpeg']:.3f} ± {row['stderr']['jpeg']:.3f}" in page.cells and name in page.cells
     assert len(page.scripts) == 1 and "alert" not in page.scripts[0] and all(link.startswith(("base/", "mine/")) for link in page.links)
     assert "http" not in text.replace("https://", "http") and text.count("<script") == 1
+
+
+def test_a_bad_picture_costs_its_prompts_diversity(tmp_path, fake):
+    rows = [{"prompt": f"p{i}", "wanted": {"ocr": 1}} for i in range(3)]
+    command = ["evaluate.py", *folder_of(tmp_path, rows * 2, "things"), "--reward", f"{fake}.ocr", "--samples-per-prompt", 2]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "theirs/picture-3.jpg").write_text("<html>")
+    assert "theirs: 1 of diversity, theirs: 1 of ocr" in refused(*command)
+    [row] = table(tmp_path / "out")
+    assert row["missing"] == {"ocr": 1, "diversity": 1} and row["scores"]["diversity"] == pytest.approx(20 / 255 / 3 ** 0.5, abs=0.01)

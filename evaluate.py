@@ -1,18 +1,18 @@
-"""What came of it: rows are checkpoints, columns are rewards, every model on the same held-out prompts from the same noise. Pictures are
-made once, and every reward looks at the same files; a run that was killed goes on where it was; more rewards, tasks and models can be
-added to the same --out later.
+"""What came of it: rows are checkpoints, columns are rewards, every model on the same held-out prompts from
+the same noise. Pictures are made once, and every reward looks at the same files; a run that was killed goes
+on where it was; more rewards, tasks and models can be added to the same --out later.
 
-    python evaluate.py                                                     # the toy's base and teachers on its test prompts
-    python evaluate.py --models base opd=out/distill/lora sft=out/sft/lora
-    torchrun --nproc_per_node=8 evaluate.py --model stabilityai/stable-diffusion-3.5-medium --models base flow-opd=out/distill/lora \\
-        --tasks geneval=evaluation_metadata.jsonl ocr=ocr_test.txt drawbench=drawbench.txt --reward geneval geneval_strict ocr \\
-        pickscore@drawbench aesthetic@drawbench deqa@drawbench,pickle+http://localhost:18086                      # the paper's tables
-    python evaluate.py --folders theirs=pictures --tasks ocr=ocr_test.txt --reward ocr       # pictures that any program made
-    python evaluate.py --report                                            # also OUT/report.html, to look at every picture
+    python evaluate.py                                       # the toy's base and teachers on its test prompts
+    python evaluate.py --models base opd=out/distill/lora --report  # and OUT/report.html, to look at them all
+    torchrun --nproc_per_node=8 evaluate.py --model stabilityai/stable-diffusion-3.5-medium \\
+        --models base flow-opd=out/distill/lora --tasks geneval=evaluation_metadata.jsonl ocr=ocr_test.txt \\
+        drawbench=drawbench.txt --reward geneval geneval_strict ocr pickscore@drawbench aesthetic@drawbench \\
+        deqa@drawbench,pickle+http://localhost:18086                   # the paper's tables
+    python evaluate.py --folders theirs=pictures --tasks ocr=ocr_test.txt --reward ocr # that any program made
 
-Pictures lie in OUT/MODEL/TASK/samples/PROMPT_000000.png, the layout of T2I-CompBench++: its own scorers take --out_dir OUT/MODEL/TASK.
-Beside results.json there are results.md and samples.png. The table does not depend on the number of processes.
-"""
+Pictures lie in OUT/MODEL/TASK/samples/PROMPT_000000.png, the layout of T2I-CompBench++: its own scorers take
+--out_dir OUT/MODEL/TASK. Beside results.json there are results.md and samples.png. The table does not depend
+on the number of processes."""
 
 import argparse
 import contextlib
@@ -31,32 +31,39 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, parse_args, parse_specs, save_grid, start_processes,
-                      write, write_json)
-from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards, pil, read_picture, rewards_of, score_batch
+from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, parse_args,
+                      parse_specs, save_grid, start_processes, write, write_json)
+from rewards import (RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards,
+                     pil, read_picture, rewards_of, score_batch)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", models=["base"] + [f"{t}=toy/teachers/{t}" for t in (*TASKS, "quality")],
-           tasks=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS], reward=[f"toy.{t}" for t in (*TASKS, "quality")],
-           resolution=32, dtype="float32", guidance=1.0, eval_num_steps=10, eval_batch_size=128)
-PAPER = ("geneval", "ocr", "deqa", "pickscore")  # the paper's Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4; ours are divided already
+           tasks=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+           reward=[f"toy.{t}" for t in (*TASKS, "quality")], resolution=32, dtype="float32",
+           guidance=1.0, eval_num_steps=10, eval_batch_size=128)
+# The paper's Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4; our scores are divided already
+PAPER = ("geneval", "ocr", "deqa", "pickscore")
 
-# -- flags ---------------------------------------------------------------------------------------------------------------
+# -- flags ---------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="the rows, LoRAs or full fine-tunes; `base` is the bare model")
+add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"],
+    help="the rows, LoRAs or full fine-tunes; `base` is the bare model")
 add("--folders", nargs="+", metavar="NAME=DIR",
-    help="instead of models: pictures in DIR/TASK (or DIR; or the folder samples in it), in the prompts' order, as many as the prompts "
-    "times --samples-per-prompt. Their names end in a number, from 0 or 1 on (as here, PROMPT_000000.png, which is T2I-CompBench's; "
-    "image_0.png or 0.jpg, as people save what diffusers makes; ComfyUI_00001_.png), or begin with it (A1111's 00000-SEED.png); or lie in "
-    "GenEval's folders, 00000/samples/0000.png. png, jpg, webp, bmp, avif, tiff")
+    help="instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names end "
+    "in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as "
+    "for diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval: "
+    "00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff")
 add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt or .jsonl)")
-add("--samples-per-prompt", type=int, default=1, help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
-add("--reward", nargs="+", metavar="NAME[@TASK]", help="the columns; one called like a task, or tied to one, scores that task only")
+add("--samples-per-prompt", type=int, default=1,
+    help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
+add("--reward", nargs="+", metavar="NAME[@TASK]",
+    help="the columns; one called like a task, or tied to one, scores that task only")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
-add("--report", action="store_true", help="write OUT/report.html too: all models' pictures side by side, scores under them, to be sorted")
+add("--report", action="store_true",
+    help="write OUT/report.html: the pictures of all models side by side, scores under them, to be sorted")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
 add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
@@ -69,12 +76,14 @@ add("--offload-text-encoders", action="store_true", help="keep them in the CPU's
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
 
-# -- what is asked, checked before anything slow --------------------------------------------------------------------------
+# -- what is asked, checked before anything slow -------------------------------------------------------------
 if not args.tasks or not args.reward:
     die("--model needs --tasks TASK=FILE and --reward NAME with it")
 rewards = parse_rewards(args.reward, args.reward_option)
 task_files = {task: s["value"] for task, s in parse_specs("--tasks", args.tasks).items()}
-prompts = {task: [row for row in load_prompts(task, file) for _ in range(args.samples_per_prompt)] for task, file in task_files.items()}
+prompts = {}
+for task, file in task_files.items():
+    prompts[task] = [row for row in load_prompts(task, file) for _ in range(args.samples_per_prompt)]
 if idle := [t for t in prompts if not rewards_of(t, rewards, prompts)]:
     die(f"--tasks {', '.join(idle)}: no reward scores this task; --reward has {', '.join(rewards)}")
 if any(m.startswith("base=") for m in args.models):
@@ -98,7 +107,8 @@ def to_be_made(name, task):
 
 
 def ordered(pictures, numbers, needed):
-    """Files in the order of their numbers, which must be 0 to needed - 1, or 1 to needed, each once; else ValueError."""
+    """Files in the order of their numbers, which must be 0 to needed - 1, or 1 to needed, each once; else
+    ValueError."""
     numbered = {}
     for file, number in zip(pictures, numbers):
         if number is None:
@@ -116,8 +126,9 @@ def ordered(pictures, numbers, needed):
 
 
 def made_elsewhere(name, task):
-    """The files of --folders that belong to a task's prompts, in their order. A number is looked for in each place where programs put
-    it; where none of these gives every number once, or two differ, nobody can say which picture is whose."""
+    """The files of --folders that belong to a task's prompts, in their order. A number is looked for in each
+    place where programs put it; where none of these gives every number once, or two differ, nobody can say
+    which picture is whose."""
     place, each, needed = pathlib.Path(folders[name], task), args.samples_per_prompt, len(prompts[task])
     if not place.is_dir() and len(prompts) == 1:
         place = pathlib.Path(folders[name])
@@ -126,42 +137,52 @@ def made_elsewhere(name, task):
     geneval = sorted(place.glob("[0-9]*/samples/*"))
     found = geneval or sorted(place.glob("samples/*")) or sorted(place.glob("*"))
     pictures = [f for f in found if re.search(r"\.(png|jpe?g|webp|bmp|avif|tiff?)$", f.name, re.I)]
+    if not pictures:
+        die(f"--folders {name}: {place} has no pictures")
     per_prompt, rest = divmod(len(pictures), needed // each)
-    if per_prompt != each and per_prompt and not rest:
-        die(f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give --samples-per-prompt {per_prompt}")
-    last = [re.search(r"(\d+)\D*$", f.stem) for f in pictures]
+    if per_prompt not in (0, each) and not rest:
+        die(f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give "
+            f"--samples-per-prompt {per_prompt}")
+    last = [re.search(r"(\d+)\D*$", file.stem) for file in pictures]
+    first = [re.match(r"(\d+)-", file.stem) for file in pictures]
     ways = {"the last number of a name": [m and int(m[1]) for m in last],
-            "the number that a name begins with": [int(m[0]) if (m := re.match(r"\d+(?=-)", f.stem)) else None for f in pictures]}
+            "the number that a name begins with": [m and int(m[1]) for m in first]}
     if geneval:
-        ways = {"the folders' numbers": [int(f.parts[-3]) * each + int(m[1]) if m else None for f, m in zip(pictures, last)]}
+        numbers = [int(file.parts[-3]) * each + int(m[1]) if m else None for file, m in zip(pictures, last)]
+        ways = {"the folders' numbers": numbers}
     orders, faults = {}, []
     for way, numbers in ways.items():
         try:
-            orders[way] = ordered(pictures, numbers, needed) if pictures else die(f"--folders {name}: {place} has no pictures")
+            orders[way] = ordered(pictures, numbers, needed)
         except ValueError as error:
             faults.append(f"by {way}, {error}")
     if not orders:
-        die(f"--folders {name}: {place}: {'; '.join(faults)}. Its {needed} pictures need numbers from 0 or from 1 on")
-    if len({tuple(order) for order in orders.values()}) > 1:
-        die(f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the number that counts")
-    [(way, order), *_] = orders.items()
+        die(f"--folders {name}: {place}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
+    [(way, order), *others] = orders.items()
+    if any(other != order for _, other in others):
+        die(f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the "
+            "number that counts")
     titles = {title(row) for row in prompts[task]}
     for row, file in zip(prompts[task], order):
         named = re.sub(r"_\d+$", "", file.stem)
         if named in titles and named != title(row):
-            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks others, or in another order?")
+            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks "
+                "others, or in another order?")
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for {prompts[task][-1]['prompt']!r}")
+        print(f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for "
+              f"{prompts[task][-1]['prompt']!r}")
     return [str(file) for file in order]
 
 
-files = {(name, task): (made_elsewhere if folders else to_be_made)(name, task) for name in names for task in prompts}
+find = made_elsewhere if folders else to_be_made
+files = {(name, task): find(name, task) for name in names for task in prompts}
 accelerator = start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
-# -- what is there already ------------------------------------------------------------------------------------------------
+# -- what is there already -----------------------------------------------------------------------------------
 def score_rows(place):
-    """The scores written so far, [{"picture", "reward", "score"}], without a line that a kill or a full disk cut."""
+    """The scores written so far, [{"picture", "reward", "score"}], without a line that a kill or a full disk
+    cut."""
     rows = []
     for part in sorted(os.listdir(place)):
         for line in open(os.path.join(place, part)) if re.fullmatch(r"scores(\.\d+)?\.jsonl", part) else ():
@@ -178,15 +199,20 @@ for name, task in files if rank == 0 else ():
         listing = [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f in files[name, task]]
         settings = {"pictures": hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}
     else:
-        settings = {"model": fingerprint(args.model), "LoRA": fingerprint(specs[name]["value"]) if name in specs else None,
-                    "guidance": guidance[name], **{k: getattr(args, k) for k in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length")}}
+        settings = {"model": fingerprint(args.model), "guidance": guidance[name],
+                    "LoRA": fingerprint(specs[name]["value"]) if name in specs else None}
+        for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
+            settings[key] = getattr(args, key)
     settings |= {"prompts": fingerprint(task_files[task]), "samples_per_prompt": args.samples_per_prompt}
     if os.path.exists(path := os.path.join(place, "settings.json")):
         before = json.load(open(path))
-        if changed := [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]:
-            die(f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another --out, or delete that folder")
+        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            die(f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another "
+                "--out, or delete that folder")
     settings_files[path] = settings
-    write(os.path.join(place, "scores.jsonl"), "".join(json.dumps(row) + "\n" for row in score_rows(place)))  # what each process wrote, in one file
+    lines = [json.dumps(row) + "\n" for row in score_rows(place)]  # what each process wrote, in one file
+    write(os.path.join(place, "scores.jsonl"), "".join(lines))
     for part in os.listdir(place):
         if re.fullmatch(r"scores\.\d+\.jsonl", part):
             os.remove(os.path.join(place, part))
@@ -195,40 +221,46 @@ accelerator.wait_for_everyone()
 
 def read_scores(name, task):
     """{(reward's identity, picture's number): score}, of all processes."""
-    return {(row["reward"], row["picture"]): row["score"] for row in score_rows(os.path.join(args.out, name, task))}
+    rows = score_rows(os.path.join(args.out, name, task))
+    return {(row["reward"], row["picture"]): row["score"] for row in rows}
 
 
 jobs = []  # this process's (name, task, numbers, {reward: numbers to score}, whether pictures are to be made)
 for name, task in files:
     have = read_scores(name, task)
-    numbers = list(range(len(prompts[task])))
-    for start in range(rank * args.eval_batch_size, len(numbers), world * args.eval_batch_size):  # the same batches whatever the number of processes
-        batch = numbers[start:start + args.eval_batch_size]
-        unscored = {n: [i for i in batch if (rewards[n].identity, i) not in have] for n in rewards_of(task, rewards, prompts)}
+    numbers, step = list(range(len(prompts[task]))), args.eval_batch_size
+    for start in range(rank * step, len(numbers), world * step):  # the same batches for any number of them
+        batch, unscored = numbers[start:start + step], {}
+        for reward in rewards_of(task, rewards, prompts):
+            some = [i for i in batch if (rewards[reward].identity, i) not in have]
+            if some:
+                unscored[reward] = some
         missing = not all(os.path.exists(files[name, task][i]) for i in batch)
-        if missing or any(unscored.values()):
-            jobs.append((name, task, batch, {n: some for n, some in unscored.items() if some}, missing))
+        if missing or unscored:
+            jobs.append((name, task, batch, unscored, missing))
 if any(missing for *_, missing in jobs):
-    model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
+    model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders,
+                max_sequence_length=args.max_sequence_length)
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])
-check_rewards(rewards, prompts, args.resolution, device, needed={reward for *_, unscored, _ in jobs for reward in unscored})
+needed = {reward for *_, unscored, _ in jobs for reward in unscored}
+check_rewards(rewards, prompts, args.resolution, device, needed=needed)
 accelerator.wait_for_everyone()  # all have read, and nothing was refused, before anyone writes
 for path, settings in settings_files.items():
     write_json(path, settings)
 
-# -- make the pictures, and score them beside that: a thread per reward ----------------------------------------------------
+# -- make the pictures, and score them beside that: a thread per reward --------------------------------------
 AT_ONCE = 2 ** 23  # pixels that a reward looks at together; a larger picture comes alone
 stop, writing, broken, unreadable = StopSignal(), threading.Lock(), [], set()
 waiting = {n: queue.Queue(maxsize=4) for n in rewards}
-progress = tqdm(total=sum((len(batch) if missing else 0) + sum(map(len, unscored.values())) for _, _, batch, unscored, missing in jobs),
-                disable=rank != 0, unit="picture or score", mininterval=1)
+total = sum(len(batch) * made + sum(map(len, unscored.values())) for _, _, batch, unscored, made in jobs)
+progress = tqdm(total=total, disable=rank != 0, unit="picture or score", mininterval=1)
 
 
 def read_files(name, task, numbers):
-    """The pictures of these numbers, {number: (3, H, W)} of one size and at most AT_ONCE pixels a time. One that cannot be read is said once,
-    and has no scores."""
+    """The pictures of these numbers, {number: (3, H, W)} of one size and at most AT_ONCE pixels a time. One
+    that cannot be read is said once, and has no scores."""
     held = {}
     for i in numbers:
         try:
@@ -250,8 +282,9 @@ def read_files(name, task, numbers):
 
 
 def score_all(reward):
-    """One reward's thread. A batch that fails is tried picture by picture; what cannot be scored stays without a score, which the table
-    calls missing; a reward that is unavailable three times in a row is left alone."""
+    """One reward's thread. A batch that fails is tried picture by picture; what cannot be scored stays
+    without a score, which the table calls missing; a reward that is unavailable three times in a row is left
+    alone."""
     failures = 0
     while (job := waiting[reward].get()) is not None:
         name, task, numbers = job
@@ -262,7 +295,8 @@ def score_all(reward):
                 batch = [(task, prompts[task][i]) for i in part]
                 scores, said = [math.nan] * len(part), "no score"
                 try:
-                    scores = score_batch(torch.stack(list(part.values())).to(device), batch, {reward: rewards[reward]}, prompts)[reward].tolist()
+                    pictures = torch.stack(list(part.values())).to(device)
+                    scores = score_batch(pictures, batch, {reward: rewards[reward]}, prompts)[reward].tolist()
                     failures = 0
                 except RewardError as error:
                     if len(part) > 1:
@@ -275,7 +309,8 @@ def score_all(reward):
                     if math.isnan(value):
                         tqdm.write(f"{name}, {task}, picture {i}: {said}")
                     else:
-                        lines.append(json.dumps({"picture": i, "reward": rewards[reward].identity, "score": value}) + "\n")
+                        row = {"picture": i, "reward": rewards[reward].identity, "score": value}
+                        lines.append(json.dumps(row) + "\n")
                 with writing:
                     with open(os.path.join(args.out, name, task, f"scores.{rank}.jsonl"), "a") as f:
                         f.write("\n" * bool(lines) + "".join(lines))  # after a line that a full disk cut
@@ -283,7 +318,8 @@ def score_all(reward):
 
 
 def guarded(work, *details):
-    """A bug or a full disk ends the program, not only a thread, and not while others are in the middle of something."""
+    """A bug or a full disk ends the program, not only a thread, and not while others are in the middle of
+    something."""
     try:
         work(*details)
     except BaseException as error:
@@ -292,18 +328,20 @@ def guarded(work, *details):
 
 
 def make_all():
-    """The pictures that are not there yet; every batch is given to the rewards' threads when its files lie on the disk."""
+    """The pictures that are not there yet; every batch is given to the rewards' threads when its files lie on
+    the disk."""
     for name, task, batch, unscored, missing in jobs:
         if stop.name:
             return
         if missing:
-            made = model.generate([prompts[task][i]["prompt"] for i in batch], generators(args.seed, 0, batch), args.eval_num_steps,
-                                  args.resolution, name, guidance[name])
+            texts = [prompts[task][i]["prompt"] for i in batch]
+            made = model.generate(texts, generators(args.seed, 0, batch), args.eval_num_steps, args.resolution,
+                                  name, guidance[name])
             for i, tensor, picture in zip(batch, made, pil(made)):
                 if tensor.isfinite().all():
                     write(files[name, task][i], encoded(picture))
                 else:
-                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so there is none; is {name} broken?")
+                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so not kept; is {name} broken?")
             with writing:
                 progress.update(len(batch))
         for reward, numbers in unscored.items():
@@ -313,8 +351,10 @@ def make_all():
                     break
 
 
-threads = [threading.Thread(target=guarded, args=(score_all, n), name=f"reward {n}", daemon=True) for n in rewards]
-for thread in threads:
+threads = []
+for reward in rewards:
+    thread = threading.Thread(target=guarded, args=(score_all, reward), name=f"reward {reward}", daemon=True)
+    threads.append(thread)
     thread.start()
 guarded(make_all)
 for reward, thread in zip(rewards, threads):
@@ -333,7 +373,7 @@ if stop.arrived(device):
 accelerator.wait_for_everyone()
 
 
-# -- the tables -------------------------------------------------------------------------------------------------------------
+# -- the tables ----------------------------------------------------------------------------------------------
 def thumbnail(file, side):
     """A picture file, reduced to at most `side` pixels: (3, h, w); grey if it cannot be read."""
     try:
@@ -345,8 +385,9 @@ def thumbnail(file, side):
 
 
 def diversity(name, task):
-    """How much the pictures of one prompt differ: the mean over its pairs of the root mean square difference of pixels (in [0, 1], of
-    pictures reduced to 64 x 64). -> (number of prompts,) float64, NaN where a picture cannot be read"""
+    """How much the pictures of one prompt differ: the mean over its pairs of the root mean square difference
+    of pixels (in [0, 1], of pictures reduced to 64 x 64). -> (number of prompts,) float64, NaN where a
+    picture cannot be read"""
     small = []
     for file in files[name, task]:
         try:
@@ -359,9 +400,10 @@ def diversity(name, task):
 
 
 def summary(name):
-    """A model's row of results.json. Means are over the scores that are there; `missing` counts those that are not. GenEval's is the
-    mean of its tags' means, as its authors have it."""
-    row = {"model": name, "n": sum(map(len, prompts.values())), "scores": {}, "stderr": {}, "tasks": {}, "tags": {}, "missing": {}}
+    """A model's row of results.json. Means are over the scores that are there; `missing` counts those that
+    are not. GenEval's is the mean of its tags' means, as its authors have it."""
+    row = {"model": name, "n": sum(map(len, prompts.values())), "scores": {}, "stderr": {}, "tasks": {},
+           "tags": {}, "missing": {}}
 
     def means(groups):
         return {key: mean_error(torch.tensor(values, dtype=torch.float64)) for key, values in groups.items()}
@@ -391,56 +433,76 @@ def summary(name):
             if reward.startswith("geneval"):
                 tag_means, errors = zip(*row["tags"][reward].values())
                 row["scores"][reward] = sum(tag_means) / len(tag_means)
-                row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors) if None not in errors else None
+                row["stderr"][reward] = None
+                if None not in errors:
+                    row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors)
     if args.samples_per_prompt > 1:
         apart = {task: diversity(name, task) for task in prompts}
-        by_task = {task: values[~values.isnan()].tolist() for task, values in apart.items() if not values.isnan().all()}
-        add("diversity", by_task, sum(values.isnan().sum().item() for values in apart.values()))
+        there = {task: values[~values.isnan()].tolist() for task, values in apart.items()}
+        lost = sum(len(apart[task]) - len(there[task]) for task in prompts)
+        add("diversity", {task: values for task, values in there.items() if values}, lost)
     if all(reward in row["scores"] and reward not in row["missing"] for reward in PAPER):
         row["scores"]["average"] = sum(row["scores"][reward] for reward in PAPER) / len(PAPER)
     return row
 
 
+# -- the report: one page to look at everything --------------------------------------------------------------
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation</title>
+<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>
 <style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff }
-#tables { display: flex; flex-wrap: wrap; gap: 0 3em; align-items: end } table { border-collapse: collapse; margin: .5em 0 1em } td, th { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
-td:first-child, th:first-child { text-align: left } nav { position: sticky; top: 0; background: #fffe; padding: .6em 0; z-index: 1 }
-nav label { margin-right: 1.2em } article { border-top: 1px solid #ddd; padding: .5em 0; content-visibility: auto; contain-intrinsic-size: 1px 240px }
-h2 { font-size: 1em; font-weight: 600; margin: .3em 0 } h2 small { font-weight: normal; color: #777 }
-.models { display: flex; gap: .8em; overflow-x: auto } figure { margin: 0; flex: none; width: var(--side) } img { width: 100%; display: block; min-height: 1.4em;
-background: #eee; image-rendering: IMAGES } figure + figure { margin-top: .3em } figcaption { font-size: .8em; color: #555 } .model { font-size: .85em; font-weight: 600 }
-</style></head><body style="--side: 180px"><h1>Evaluation</h1>
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; --side: 180px }
+#tables { display: flex; flex-wrap: wrap; gap: 0 3em; align-items: end }
+table { border-collapse: collapse; margin: .5em 0 1em }
+td, th { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
+td:first-child, th:first-child { text-align: left }
+nav { position: sticky; top: 0; background: #fffe; padding: .6em 0; z-index: 1 }
+nav label { margin-right: 1em; white-space: nowrap }
+article { border-top: 1px solid #ddd; padding: .5em 0; content-visibility: auto }
+article { contain-intrinsic-size: 1px 240px }
+h2 { font-size: 1em; font-weight: 600; margin: .3em 0 }
+h2 small { font-weight: normal; color: #777 }
+.models { display: flex; gap: .8em; overflow-x: auto }
+.model { font-size: .85em; font-weight: 600 }
+.samples { display: grid; grid-template-columns: repeat(ACROSS, var(--side)); gap: .3em; align-items: start }
+figure { margin: 0 }
+figcaption { font-size: .8em; color: #555 }
+img { width: 100%; min-height: 1.4em; display: block; background: #eee; image-rendering: IMAGES }
+</style></head><body><h1>Evaluation</h1>
 <div id="tables">TABLES</div>
-<nav><label>task <select id="task"><option value="">all</option>TASKS</select></label>
+<nav>
+<label>task <select id="task"><option value="">all</option>TASKS</select></label>
 <label>sort by <select id="reward"><option value="">the order of the prompts</option>REWARDS</select></label>
-<label>of <select id="model">MODELS</select></label><label>less that of <select id="other"><option value="">none</option>MODELS</select></label>
-<label><select id="first"><option value="1">worst first</option><option value="-1">best first</option></select></label>
-<label>size <input id="side" type="range" min="60" max="600" value="180"></label><span id="count"></span></nav>
+<label>of <select id="model">MODELS</select></label>
+<label>less that of <select id="other"><option value="">none</option>MODELS</select></label>
+<label><select id="first"><option value="1">worst first</option><option value="-1">best first</option>
+</select></label>
+<label>size <input id="side" type="range" min="60" max="600" value="180"></label>
+<label id="count"></label>
+</nav>
 <main>
 PROMPTS
 </main>
 <script>
 const get = id => document.getElementById(id), articles = [...document.querySelectorAll("article")];
-const scores = new Map(articles.map(a => [a, JSON.parse(a.dataset.scores)]));
+const scores = new Map(articles.map(article => [article, JSON.parse(article.dataset.scores)]));
 function value(article) {
-  const of = name => (scores.get(article)[name] || {})[get("reward").value];
-  const [one, other] = [of(get("model").value), get("other").value ? of(get("other").value) : 0];
+  const of = model => (scores.get(article)[model] || {})[get("reward").value];
+  const one = of(get("model").value), other = get("other").value ? of(get("other").value) : 0;
   return one == null || other == null ? null : one - other;
 }
 function show() {
   const reward = get("reward").value, task = get("task").value, sign = +get("first").value;
-  const shown = articles.filter(a => (!task || a.dataset.task == task) && (!reward || a.dataset.rewards.split(" ").includes(reward)));
-  if (reward) shown.sort((a, b) => {
-    const [x, y] = [value(a), value(b)];
+  const has = article => !reward || article.dataset.rewards.split(" ").includes(reward);
+  const shown = articles.filter(article => (!task || article.dataset.task == task) && has(article));
+  if (reward) shown.sort((a, b) => {  // a missing score comes first
+    const x = value(a), y = value(b);
     return x == null || y == null ? (x != null) - (y != null) : sign * (x - y);
   });
   document.querySelector("main").replaceChildren(...shown);
   get("count").textContent = shown.length + " prompts";
 }
-document.querySelectorAll("select").forEach(s => s.addEventListener("change", show));
-get("side").addEventListener("input", () => document.body.style.setProperty("--side", get("side").value + "px"));
+document.querySelectorAll("select").forEach(select => select.addEventListener("change", show));
+get("side").addEventListener("input", e => document.body.style.setProperty("--side", e.target.value + "px"));
 show();
 </script></body></html>
 """
@@ -449,41 +511,55 @@ show();
 def table_html(text):
     """A Markdown table, with its title if it has one, as HTML."""
     heading, _, lines = text.rpartition("\n\n")
-    rows = [[html.escape(c.strip()) for c in line.strip("|").split("|")] for line in lines.split("\n") if not line.startswith("|---")]
-    head, *body = ["".join(f"<{tag}>{c}</{tag}>" for c in row) for row, tag in zip(rows, ["th"] + ["td"] * len(rows))]
-    return f"<div><h2>{html.escape(heading)}</h2><table><tr>" + "</tr>\n<tr>".join([head, *body]) + "</tr></table></div>"
+    rows = []
+    for line in lines.split("\n"):
+        if not line.startswith("|---"):
+            tag = "td" if rows else "th"
+            cells = [f"<{tag}>{html.escape(cell.strip())}</{tag}>" for cell in line.strip("|").split("|")]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([f"<div><h2>{html.escape(heading)}</h2><table>", *rows, "</table></div>"])
+
+
+def article_html(task, first, have):
+    """One prompt's pictures of all models, with their scores; `first` is the number of its first picture."""
+    numbers, means, models = range(first, first + args.samples_per_prompt), {}, []
+    scored = rewards_of(task, rewards, prompts)
+    for name in names:
+        figures, values = [], {reward: [] for reward in scored}
+        for i in numbers:
+            said = []
+            for reward in scored:
+                value = have[name, task].get((rewards[reward].identity, i))
+                values[reward].append(value)
+                said.append(f"{reward} {'missing' if value is None else format(value, '.3f')}")
+            place = pathlib.Path(os.path.relpath(files[name, task][i], args.out)).as_posix()
+            link = html.escape(urllib.parse.quote(place))
+            figures.append(f'<figure><a href="{link}"><img loading="lazy" src="{link}" alt="no picture"></a>'
+                           f'<figcaption>{html.escape(", ".join(said))}</figcaption></figure>')
+        means[name] = {reward: None if None in v else sum(v) / len(v) for reward, v in values.items()}
+        models.append(f'<div><div class="model">{html.escape(name)}</div>'
+                      f'<div class="samples">{"".join(figures)}</div></div>')
+    return (f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" '
+            f'data-scores="{html.escape(json.dumps(means))}">\n'
+            f'<h2>{html.escape(prompts[task][first]["prompt"])} '
+            f'<small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>\n'
+            f'<div class="models">{"".join(models)}</div>\n</article>')
 
 
 def report(tables):
-    """One page to look at everything: the tables, and of every prompt the pictures of all models side by side with their scores under them.
-    It needs nothing but the picture files, which it shows from where they lie."""
+    """The page: the tables, and every prompt's pictures, which it shows from where they lie."""
     have = {(name, task): read_scores(name, task) for name in names for task in prompts}
-
-    def link(file):
-        return html.escape(urllib.parse.quote(pathlib.Path(os.path.relpath(file, args.out)).as_posix()))
-    articles = []
+    articles, each = [], args.samples_per_prompt
     for task, rows in prompts.items():
-        scored = rewards_of(task, rewards, prompts)
-        for first in range(0, len(rows), args.samples_per_prompt):
-            numbers, means, columns = range(first, first + args.samples_per_prompt), {}, []
-            for name in names:
-                figures, values = [], {reward: [have[name, task].get((rewards[reward].identity, i)) for i in numbers] for reward in scored}
-                for k, i in enumerate(numbers):
-                    said = ", ".join(f"{reward} {'missing' if v[k] is None else format(v[k], '.3f')}" for reward, v in values.items())
-                    figures.append(f'<figure><a href="{link(files[name, task][i])}"><img loading="lazy" src="{link(files[name, task][i])}" '
-                                   f'alt="no picture"></a><figcaption>{html.escape(said)}</figcaption></figure>')
-                means[name] = {reward: None if None in v else sum(v) / len(v) for reward, v in values.items()}
-                columns.append(f'<div><div class="model">{html.escape(name)}</div>{"".join(figures)}</div>')
-            articles.append(f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" data-scores="{html.escape(json.dumps(means))}">'
-                            f'<h2>{html.escape(rows[first]["prompt"])} <small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>'
-                            f'<div class="models">{"".join(columns)}</div></article>')
-    small = max(thumbnail(files[name, task][0], 128).shape[-1] for name in names for task in prompts) < 128
+        articles += [article_html(task, first, have) for first in range(0, len(rows), each)]
+    widths = [thumbnail(files[name, task][0], 128).shape[-1] for name in names for task in prompts]
 
     def options(values):
-        return "".join(f"<option>{html.escape(v)}</option>" for v in values)
-    parts = {"IMAGES": "pixelated" if small else "auto", "TABLES": "\n".join(map(table_html, tables)), "TASKS": options(prompts),
-             "REWARDS": options(rewards), "MODELS": options(names), "PROMPTS": "\n".join(articles)}
-    return re.sub("|".join(parts), lambda m: parts[m[0]], PAGE)
+        return "".join(f"<option>{html.escape(value)}</option>" for value in values)
+    parts = {"IMAGES": "pixelated" if max(widths) < 128 else "auto", "ACROSS": str(min(2, each)),
+             "TABLES": "\n".join(map(table_html, tables)), "PROMPTS": "\n".join(articles),
+             "TASKS": options(prompts), "REWARDS": options(rewards), "MODELS": options(names)}
+    return re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)
 
 
 if rank == 0:
@@ -491,13 +567,18 @@ if rank == 0:
     tables = [markdown(results)]
     for kind in ("tasks", "tags"):
         for reward in dict.fromkeys(k for r in results for k in r[kind]):
-            parts = [{"model": r["model"]} | dict(zip(("scores", "stderr"), ({k: v[i] for k, v in r[kind][reward].items()} for i in (0, 1))))
-                     for r in results if len(r[kind].get(reward, ())) > 1]
+            parts = []
+            for r in results:
+                if len(r[kind].get(reward, ())) > 1:
+                    means, errors = ({k: v[i] for k, v in r[kind][reward].items()} for i in (0, 1))
+                    parts.append({"model": r["model"], "scores": means, "stderr": errors})
             if parts:
                 tables.append(f"{reward} by {kind[:-1]}:\n\n{markdown(parts)}")
     shown = max(2, 12 // len(prompts))  # of each task, one picture a prompt
-    chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), args.samples_per_prompt)[:shown]]
-    save_grid(os.path.join(args.out, "samples.png"), {name: [thumbnail(files[name, task][i], 512) for task, i in chosen] for name in names},
+    each = args.samples_per_prompt
+    chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), each)[:shown]]
+    grid = {name: [thumbnail(files[name, task][i], 512) for task, i in chosen] for name in names}
+    save_grid(os.path.join(args.out, "samples.png"), grid,
               [prompts[task][i]["prompt"] for task, i in chosen])
     write_json(os.path.join(args.out, "results.json"), results)
     write(os.path.join(args.out, "results.md"), "\n\n".join(tables) + "\n")
@@ -505,7 +586,9 @@ if rank == 0:
     lost = {f"{r['model']}: {n} of {reward}" for r in results for reward, n in r["missing"].items()}
     if args.report:
         write(os.path.join(args.out, "report.html"), report(tables))
-    print(f"done: {args.out}/results.json (also results.md, samples.png{', report.html' if args.report else ''})")
+    also = ", report.html" if args.report else ""
+    print(f"done: {args.out}/results.json (also results.md, samples.png{also})")
     if lost:
-        end_processes(accelerator, f"scores are missing ({', '.join(sorted(lost))}); the same command tries again")
+        lost = ", ".join(sorted(lost))
+        end_processes(accelerator, f"scores are missing ({lost}); the same command tries again")
 end_processes(accelerator)

@@ -62,13 +62,11 @@ from flow_sde import HERE, die, fingerprint, generators, listing, reduce_sum
 
 
 class RewardError(Exception):
-    """A score could not be had, and why. Never a 0 instead: training stops, evaluation calls the score
-    missing."""
+    """A score could not be had, and why. It never counts as 0: training stops, a table calls it missing."""
 
 
 class Unavailable(RewardError):
-    """A server, a model or a package is not there: no fault of the picture's, the next one would fare
-    alike."""
+    """A server, a model or a package is not there: the next picture would fare no better."""
 
 
 class NoAnswer(RewardError):
@@ -100,7 +98,7 @@ def read_picture(file):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a broken file can raise anything
-        raise RewardError(f"{file}: not a picture that can be read ({error})")
+        raise RewardError(f"{file}: not a picture that can be read ({first_line(error)})")
     return torch.from_numpy(pixels).movedim(-1, 0).float() / 255
 
 
@@ -109,6 +107,11 @@ def encoded(picture, kind="PNG", **options):
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def first_line(error):
+    """What an exception says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def need(*packages):
@@ -157,8 +160,8 @@ def read_text(language=""):
         engine = RapidOCR(params=params)
         engine.recognize_txt([np.zeros((48, 320, 3), np.uint8)])  # its models are loaded only now
     except Exception as error:  # no such language, or no way to download its model
-        said = str(error).splitlines()[0]
-        raise Unavailable(f"RapidOCR could not be had{' for ' + language if language else ''} ({said})")
+        wanted = f"RapidOCR for {language}" if language else "RapidOCR"
+        raise Unavailable(f"{wanted} could not be loaded ({first_line(error)})")
     return engine
 
 
@@ -191,8 +194,7 @@ PLAIN = str.maketrans(dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("
 
 
 def quoted_text(prompt):
-    """The text that a prompt asks for: the first in straight quotes (Flow-GRPO's rule), or else in other
-    ones."""
+    """The text that a prompt asks for: the first in straight quotes (Flow-GRPO's rule), or else in others."""
     for pair in QUOTES:
         found = re.search(pair, prompt)
         if found and found[1].strip():
@@ -201,8 +203,7 @@ def quoted_text(prompt):
 
 
 def plain_text(text):
-    """A text without spaces and case, its accents composed, and quotes, dashes and ellipses as on a
-    typewriter."""
+    """A text without spaces and case, its accents composed, its punctuation as on a typewriter."""
     return re.sub(r"\s", "", unicodedata.normalize("NFKC", text.translate(PLAIN))).translate(PLAIN).lower()
 
 
@@ -281,19 +282,17 @@ def load(kind, name, device=None, **options):
     try:
         thing = kind.from_pretrained(name, **options)
     except Exception as error:  # a broken file can raise anything
-        said = str(error).strip() or type(error).__name__
-        raise Unavailable(f"{name} could not be loaded ({said.splitlines()[0]})")
+        raise Unavailable(f"{name} could not be loaded ({first_line(error)})")
     return thing.eval().requires_grad_(False).to(device, torch.float32) if device else thing
 
 
 def load_state(file):
-    """The tensors of a checkpoint: a local file, or OWNER/REPOSITORY/FILE of the hub. Nothing but plain
-    values is read."""
+    """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read."""
     if not os.path.exists(file):
         from huggingface_hub import hf_hub_download
-        owner, repository, *path = file.split("/")
         try:
-            file = hf_hub_download(f"{owner}/{repository}", "/".join(path))
+            owner, repository, path = file.split("/", 2)
+            file = hf_hub_download(f"{owner}/{repository}", path)
         except Exception as error:
             raise Unavailable(f"{file}: no local file, nor to be had from the hub ({type(error).__name__})")
     try:
@@ -308,8 +307,7 @@ def load_state(file):
 
 
 def fill(model, state, file, device):
-    """Put a converted state dict into a model; one with a key too few, too many or of another shape is
-    refused."""
+    """A state dict into a model; one with a key too few, too many or of another shape is refused."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -406,8 +404,7 @@ OPEN_CLIP = (("conv1.", "embeddings.patch_embedding."), ("class_embedding", "emb
 
 
 def from_open_clip(state):
-    """An open_clip ViT's state dict -> transformers' CLIPModel's: q, k, v apart, projections transposed,
-    other names."""
+    """An open_clip ViT's state dict -> transformers' CLIPModel's: q, k, v apart, other names and layouts."""
     out = {}
     for key, value in state.items():
         side = "vision_model." if key.startswith("visual.") else "text_model."
@@ -793,7 +790,8 @@ SAID = {}  # {endpoint: why its last answer without a score was none}
 
 
 def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, retries=3,
-         prompt="How good is the quality of this picture? One word: excellent, good, fair, poor or bad."):
+         prompt="How good is the quality of this picture? Answer with one word: excellent, good, fair, poor "
+                "or bad."):
     """Picture quality (DeQA-Score, arXiv 2501.11561, MIT). sum_l p_l l / 5 over the probabilities of five
     words in the first answered token, l from 5 (excellent) to 1 (bad); in [0.2, 1]; papers print it times 5.
     Needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT, since neither vLLM nor SGLang serves DeQA-Score's
@@ -844,8 +842,7 @@ def unifiedreward(images, prompts, metadata=None, url="", model="CodeGoat24/Unif
 
 
 def read_score(answer, pattern):
-    """The score of an answer, in [0, 1]; NoAnswer if there is none, or the model was cut off, or still
-    thinking."""
+    """The score of an answer, in [0, 1]; NoAnswer if there is none, or the model was cut off, or thinking."""
     message = answer.get("message")
     said = message.get("content") if isinstance(message, dict) else None
     said = said if isinstance(said, str) else ""
@@ -966,7 +963,7 @@ def post(url, body, headers, timeout, retries):
     no proxy."""
     need("httpx2")
     import httpx2
-    host = urllib.parse.urlsplit(url).hostname
+    host = urllib.parse.urlsplit(url).hostname or ""
     here = host in ("localhost", "::1") or host.startswith("127.")
 
     async def attempt():
@@ -1098,6 +1095,10 @@ def parse_rewards(specs, options=()):
             die(f"--reward {spec}: openai+ is for {', '.join(JUDGES)}")
         if url:
             fixed["url"] = url.rstrip("/")
+            try:
+                urllib.parse.urlsplit(url).port
+            except ValueError as error:
+                die(f"--reward {spec}: {error}")
         if kind in ("", "pickle+"):
             function, fixed["name"] = served_pickle if kind else served, name
         else:
@@ -1117,8 +1118,7 @@ def settings_of(function):
 
 
 def read_options(name, function, texts):
-    """The options of a reward from {key: text}, each of its default's type; @FILE stands for the file's
-    text."""
+    """The options of a reward from {key: text}, each of its default's type; @FILE is a file's text."""
     defaults, given = settings_of(function), {}
     for key, text in texts.items():
         flag = f"--reward-option {name}.{key}"
@@ -1128,19 +1128,24 @@ def read_options(name, function, texts):
             if text.startswith("@"):
                 with open(text[1:], encoding="utf-8") as f:
                     text = f.read()
-            given[key] = type(defaults[key])(text)
+            kind = type(defaults[key])
+            if kind is bool:
+                given[key] = {"True": True, "False": False}[text]
+            else:
+                given[key] = text if defaults[key] is None else kind(text)
             if key == "pattern" and re.compile(text).groups != 1:
                 raise ValueError("must have one group, where the number begins")
-            if key == "timeout" and not given[key] > 0 or isinstance(given[key], int) and given[key] < 0:
-                raise ValueError("must be more than 0" if key == "timeout" else "must be at least 0")
-        except (OSError, ValueError, TypeError, re.error) as error:
+            if key == "timeout" and not given[key] > 0:
+                raise ValueError("must be more than 0")
+            if key in ("retries", "max_tokens", "max_completion_tokens", "size") and given[key] < 0:
+                raise ValueError("must be at least 0")
+        except (OSError, ValueError, KeyError, TypeError, re.error) as error:
             die(f"{flag}={text}: {error}")
     return given
 
 
 def identity(name, function):
-    """What a reward's scores depend on, in words: files and folders by their content, servers by their
-    address."""
+    """What a reward's scores depend on: files and folders by their content, servers by their address."""
     parts = settings_of(function.func) | function.keywords
     for key in ("timeout", "retries", "name"):
         parts.pop(key, None)
@@ -1199,7 +1204,7 @@ def last_words(reward):
 
 # -- 8. Scoring batches, beside the sampling -----------------------------------------------------------------
 
-TOLERATED = 0.2  # the share of a rollout's pictures that may be left without a score
+TOLERATED = 0.2  # the share of a rollout's pictures that may be left without a score; one always may
 
 
 @torch.no_grad()
@@ -1218,10 +1223,10 @@ def score_batch(images, batch, rewards, tasks):
         except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score
             raise (Unavailable if isinstance(error, Unavailable) else RewardError)(f"{name}: {error}")
         try:
-            values = torch.as_tensor(values, dtype=torch.float32).cpu().view(len(rows))
+            values = torch.as_tensor(values, dtype=torch.float32).detach().cpu().reshape(len(rows))
         except (TypeError, ValueError, RuntimeError):
-            said = " ".join(str(values).split())[:80]
-            raise Unavailable(f"{name}: the reward returned {said} for {len(rows)} pictures, not a number each")
+            said = f"{' '.join(str(values).split())[:80]} for {len(rows)} pictures"
+            raise Unavailable(f"{name}: the reward returned {said}, not a number each")
         if values.isinf().any():
             raise RewardError(f"{name}: an infinite score, for {metadata[0]['prompt']!r} or one beside it")
         scores[name][rows] = values
@@ -1275,7 +1280,7 @@ class Scorer:
         scores = {name: torch.cat(values) for name, values in scores.items()}
         for name, applies in applying(self.rewards, batch, self.tasks).items():
             lost, total = int((scores[name].isnan() & applies).sum()), int(applies.sum())
-            if lost > TOLERATED * total:
+            if lost > max(1, TOLERATED * total) or 0 < lost == total:
                 why = last_words(self.rewards[name])
                 raise RewardError(f"{name}: {lost} of {total} pictures have no score. {why}")
         return scores

@@ -196,10 +196,10 @@ def test_other_recognisers(monkeypatch):
         raise rapidocr.utils.download_file.DownloadFileException("no network")
     monkeypatch.setattr(rapidocr.utils.download_file.DownloadFile, "run", offline)
     check = {"signs": [{"prompt": 'a "Привет"'}]}
-    with pytest.raises(SystemExit, match="--reward ocr: RapidOCR could not be had for cyrillic .no network"):
+    with pytest.raises(SystemExit, match="--reward ocr: RapidOCR for cyrillic could not be loaded .no network"):
         rewards.check_rewards(rewards.parse_rewards(["ocr"], ["ocr.language=cyrillic"]), check, 64)
     assert [url.rpartition("/")[2] for url in asked] == ["cyrillic_PP-OCRv5_rec_mobile.onnx"]
-    with pytest.raises(SystemExit, match="--reward ocr: RapidOCR could not be had for klingon"):
+    with pytest.raises(SystemExit, match="--reward ocr: RapidOCR for klingon could not be loaded"):
         rewards.check_rewards(rewards.parse_rewards(["ocr"], ["ocr.language=klingon"]), check, 64)
 
 
@@ -317,6 +317,18 @@ def test_what_a_reward_may_return(mine, returned):
     chosen = rewards.parse_rewards([f"{mine(returned)}.smile"])
     [scores] = rewards.score_batch(torch.zeros(2, 3, 4, 4), [("t", {"prompt": "p"})] * 2, chosen, []).values()
     assert scores.tolist() == [0.25, 0.5] and scores.dtype == torch.float32
+
+
+def test_options_of_ones_own_rewards(mine):
+    """Each is of its default's type."""
+    name = mine("[share] * 2", "def grin(images, prompts, metadata, often=False, file=None, n=3):\n    return [often, file == 'x']")
+    def of(*options):
+        [reward] = rewards.parse_rewards([f"{name}.grin"], [f"{name}.grin.{o}" for o in options]).values()
+        return reward.function.keywords
+    assert of("often=True", "file=x", "n=4") == {"often": True, "file": "x", "n": 4} and of("often=False") == {"often": False}
+    for option in ("often=yes", "n=2.5", "m=1"):
+        with pytest.raises(SystemExit, match=f"--reward-option {name}.grin.{option[0]}"):
+            of(option)
 
 
 @pytest.mark.parametrize("returned", ["None", "[0.25]", "np.ones((2, 2))", "[None, 1.0]", "'high'", "0.5"])

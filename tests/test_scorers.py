@@ -303,6 +303,8 @@ def test_blipvqa(images, tmp_path, monkeypatch):
 def test_models_that_cannot_be_had(images, tmp_path):
     with pytest.raises(rewards.RewardError, match="clipscore: .*nothing could not be loaded"):
         score("clipscore", images, model=tmp_path / "nothing")
+    with pytest.raises(rewards.Unavailable, match="missing.pth: no local file, nor to be had from the hub"):
+        rewards.load_state("missing.pth")
     (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     with pytest.raises(rewards.RewardError, match="evil.pth: not a checkpoint of tensors"):
         rewards.load_state(str(tmp_path / "evil.pth"))
@@ -314,7 +316,8 @@ def test_models_that_cannot_be_had(images, tmp_path):
     (["deqa=http://x"], ["deqa.timeout=soon"], "could not convert"), (["jpeg"], ["jpeg.x=1"], "jpeg has no options"), (["jpeg=ftp://x"], [], "expected NAME"),
     (["jpeg=openai+http://x"], [], "openai[+] is for deqa"), (["qwenvl=openai+http://x"], ["qwenvl.pattern=("], "pattern=[(]"), (["smile"], [], "no such reward"),
     (["qwenvl=openai+http://x"], ["qwenvl.prompt=@/nowhere"], "No such file"), (["deqa=http://x"], ["deqa.retries=-1"], "at least 0"),
-    (["qwenvl=openai+http://x"], ["qwenvl.pattern=(a)(b)"], "one group")])
+    (["qwenvl=openai+http://x"], ["qwenvl.pattern=(a)(b)"], "one group"), (["a=http://h:99999/x"], [], "Port out of range"),
+    (["a=http://[::1/x"], [], "Invalid IPv6"), (["qwenvl=openai+http://x"], ["qwenvl.max_tokens=-1"], "at least 0")])
 def test_wrong_specs_are_refused(specs, options, message):
     with pytest.raises(SystemExit, match=message):
         rewards.parse_rewards(specs, options)

@@ -313,22 +313,23 @@ def test_who_gives_no_score_is_asked_again_and_then_left_out(serve, capsys):
         rewards.check_rewards(rewards.parse_rewards([f"qwenvl=openai+{url}"]), {"t": [{"prompt": "a fox"}]}, 8)
 
 
-@pytest.mark.parametrize("silent, fine", [(1, True), (2, True), (3, False), (10, False)])
-def test_a_rollout_goes_on_without_a_few_scores(serve, silent, fine):
-    """Of ten pictures a fifth may have no score; with more the rollout fails, saying what the judge said."""
+@pytest.mark.parametrize("silent, total, fine", [(1, 10, True), (2, 10, True), (3, 10, False), (10, 10, False), (1, 2, True), (2, 2, False), (1, 1, False)])
+def test_a_rollout_goes_on_without_a_few_scores(serve, silent, total, fine):
+    """One picture of a rollout, or a fifth, may have no score; with more the rollout fails, saying what the judge said."""
     def answer(path, body, *_):
         text = json.loads(body)["messages"][0]["content"][1]["text"]
         number = int(text.split("number ")[1].split("\n")[0])
         return chat("no idea" if number < silent else "Score: 3")
     scorer = rewards.Scorer(rewards.parse_rewards([f"qwenvl@judged=openai+{serve(answer)}", "jpeg"]), ["judged", "other"])
-    for i in range(0, 10, 5):
-        scorer.submit(torch.rand(5, 3, 8, 8), [("judged", {"prompt": f"number {k}"}) for k in range(i, i + 5)])
+    for i in range(0, total, 5):
+        part = [("judged", {"prompt": f"number {k}"}) for k in range(i, min(i + 5, total))]
+        scorer.submit(torch.rand(len(part), 3, 8, 8), part)
     scorer.submit(torch.rand(1, 3, 8, 8), [("other", {"prompt": "not judged"})])
     if fine:
         scores = scorer.collect()
-        assert scores["qwenvl"].isnan().tolist() == [k < silent or k == 10 for k in range(11)] and not scores["jpeg"].isnan().any()
+        assert scores["qwenvl"].isnan().tolist() == [k < silent or k == total for k in range(total + 1)] and not scores["jpeg"].isnan().any()
     else:
-        with pytest.raises(rewards.RewardError, match=f"qwenvl: {silent} of 10 pictures have no score. no score where .*'no idea'"):
+        with pytest.raises(rewards.RewardError, match=f"qwenvl: {silent} of {total} pictures have no score. no score where .*'no idea'"):
             scorer.collect()
 
 

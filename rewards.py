@@ -1239,7 +1239,7 @@ class Scorer:
 
     def __init__(self, rewards, tasks, stop=None):
         self.rewards, self.tasks, self.stop = rewards, tasks, stop
-        self.batch, self.futures, self.error = [], [], None
+        self.batch, self.futures, self.threads, self.error = [], [], [], None
         self.locks = {name: threading.Lock() for name in rewards}
 
     def submit(self, images, batch):
@@ -1258,7 +1258,9 @@ class Scorer:
         self.batch += batch
         self.futures.append({name: Future() for name in self.rewards})
         for name, future in self.futures[-1].items():
-            threading.Thread(target=job, args=(name, future), name=f"reward {name}", daemon=True).start()
+            thread = threading.Thread(target=job, args=(name, future), name=f"reward {name}", daemon=True)
+            self.threads.append(thread)
+            thread.start()
         for future in self.futures[-5].values() if len(self.futures) > 4 else ():
             self.wait(future)
 
@@ -1274,7 +1276,12 @@ class Scorer:
         scored; None if told to stop before. This and `submit` raise RewardError; too many pictures without a
         score is one."""
         batch, futures, self.batch, self.futures = self.batch, self.futures, [], []
-        scores = {name: [self.wait(f[name]) for f in futures] for name in self.rewards}
+        try:
+            scores = {name: [self.wait(f[name]) for f in futures] for name in self.rewards}
+        finally:
+            for thread in self.threads:
+                thread.join(0.1)  # it is done, or still waits for a server
+            self.threads = []
         if self.stop and self.stop.name:
             return None
         scores = {name: torch.cat(values) for name, values in scores.items()}

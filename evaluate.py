@@ -342,6 +342,7 @@ def make_all():
                     write(files[name, task][i], encoded(picture))
                 else:
                     tqdm.write(f"{name}, {task}, picture {i}: not finite, so not kept; is {name} broken?")
+                    unreadable.add((name, task, i))
             with writing:
                 progress.update(len(batch))
         for reward, numbers in unscored.items():

@@ -1,9 +1,7 @@
 """Every reward and metric by name. Each is a function (images, prompts, metadata) -> (B,) float32, higher is
-better: images (B, 3, H, W) float in [0, 1], prompts B strings, metadata B dicts (the rows of the prompt
-files).
+better: images (B, 3, H, W) float in [0, 1], prompts B strings, metadata B dicts (rows of the prompt files).
 
-To add one, write such a function here or in a mine.py beside this file; --reward smile or mine.smile then
-finds it:
+To add one, write such a function here or in a mine.py beside this file, and ask for --reward mine.smile:
 
     def smile(images, prompts, metadata, model="someone/smiles"):
         \"\"\"The share of people who smile; in [0, 1]. Needs 1 GB.\"\"\"
@@ -15,8 +13,7 @@ package, a model or a server is missing, it raises Unavailable.
     python rewards.py                     # list the rewards, yours too: formula, range, model, licence, needs
     python rewards.py NAME PICTURE PROMPT [KEY=VALUE ...] # one score; PROMPT may be a JSON row, as GenEval's
 
-In the scripts, `--reward` takes NAME[@TASK][=WEIGHT][,URL] ..., and --reward-option any of a reward's
-options:
+In the scripts, `--reward` takes NAME[@TASK][=WEIGHT][,URL] ..., and --reward-option a reward's options:
 
     geneval=0.8 qwenvl=0.2,openai+http://localhost:8000/v1 # weights; a judge at an OpenAI-compatible endpoint
     taste=http://localhost:9000             # a server of your own: `served` says what it gets and answers
@@ -25,8 +22,8 @@ options:
     --reward-option mine.smile.model=DIR qwenvl.timeout=30 qwenvl.prompt=@prompt.txt
 
 Rewards and tasks meet by name: a reward called like a task (`ocr`, `toy.ocr`, `ocr_strict` for the task
-`ocr`) or tied to one (`pickscore@drawbench`) scores that task's prompts only; any other reward scores all
-prompts. """
+`ocr`) or tied to one (`pickscore@drawbench`) scores that task's prompts only; any other scores all prompts.
+"""
 
 import ast
 import asyncio
@@ -78,7 +75,7 @@ class NoAnswer(RewardError):
 def pil(images):
     """(B, 3, H, W) in [0, 1] -> B PIL pictures."""
     from PIL import Image
-    pixels = (images.float().cpu() * 255).round().byte().movedim(1, -1).numpy()
+    pixels = images.float().mul(255).round_().byte().movedim(1, -1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
 
@@ -99,7 +96,7 @@ def read_picture(file):
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a broken file can raise anything
         raise RewardError(f"{file}: not a picture that can be read ({first_line(error)})")
-    return torch.from_numpy(pixels).movedim(-1, 0).float() / 255
+    return torch.from_numpy(pixels).movedim(-1, 0).float().div_(255)
 
 
 def encoded(picture, kind="PNG", **options):
@@ -1046,7 +1043,6 @@ def rewards_in(file):
     return found
 
 
-REWARDS = {name: globals()[name] for name in rewards_in(__file__)}
 CHECKS = {"ocr": check_ocr, "geneval": check_geneval, "geneval_strict": check_geneval,
           "blipvqa": noun_phrases}
 JUDGES = "deqa", "qwenvl", "unifiedreward"
@@ -1405,6 +1401,8 @@ def score_one(spec, picture, prompt, *options):
         die(f"{name}: no score. {last_words(reward)}")
     print(f"{score:.4f}")
 
+
+REWARDS = {name: globals()[name] for name in rewards_in(__file__)}  # all of the above
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:

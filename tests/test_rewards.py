@@ -308,6 +308,8 @@ def test_the_list_has_ones_own_rewards(mine, capsys):
     run("rewards.py")
     said = capsys.readouterr().out
     assert f"\n{name}.smile\n    How many people smile; in [0, 1].\n" in said and "helper" not in said and "unlike" not in said
+    assert list(rewards.REWARDS) == ["jpeg", "ocr", "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward", "blipvqa", "geneval", "geneval_strict",
+                                     "deqa", "qwenvl", "unifiedreward"]
     assert "\nocr\n    Text rendering." in said and "\ntoy.quality\n    Contrast" in said and "served" not in said
 
 

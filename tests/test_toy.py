@@ -97,7 +97,7 @@ def test_rewards_meet_tasks_by_name():
     scores = rewards.score_batch(draw(prompts), batch, table, ["ocr", "compose"])
     assert scores["ocr"].isnan().tolist() == [False, True] and not scores["jpeg"].isnan().any()
     jpeg = scores["jpeg"]
-    assert torch.allclose(rewards.weighted_sum(scores, table), torch.stack([(2 * 1 + 0.5 * jpeg[0]) / 2.5, (1 + 0.5 * jpeg[1]) / 1.5]))
+    assert torch.allclose(rewards.weighted_sum(scores, table, batch, ["ocr", "compose"]), torch.stack([(2 * 1 + 0.5 * jpeg[0]) / 2.5, (1 + 0.5 * jpeg[1]) / 1.5]))
 
 
 def test_the_shipped_toy_is_small():

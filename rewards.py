@@ -794,8 +794,9 @@ def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, r
     Needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT, since neither vLLM nor SGLang serves DeQA-Score's
     model, an mPLUG-Owl2; or an endpoint with log-probabilities and another deqa.model, which must give these
     words half of the probability."""
-    if url and not model:
-        raise Unavailable("deqa.model is needed; DeQA-Score's own is behind deqa=pickle+http://HOST:PORT")
+    if not url or not model:
+        raise Unavailable("needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, deqa.model, "
+                          "at an endpoint, deqa=openai+http://HOST:PORT/v1")
 
     def read(answer):
         try:
@@ -1393,8 +1394,9 @@ def score_one(spec, picture, prompt, *options):
         row = json.loads(prompt) if prompt.startswith("{") else {"prompt": prompt}
         if not isinstance(row.get("prompt"), str):
             raise ValueError('PROMPT: a JSON row needs a "prompt"')
-        check_rewards({name: reward}, {reward.task or "": [row]}, 64, needed=())
-        [score] = score_batch(image, [(reward.task or "", row)], {name: reward}, [])[name].tolist()
+        task = reward.task or "PROMPT"
+        check_rewards({name: reward}, {task: [row]}, 64, needed=())
+        [score] = score_batch(image, [(task, row)], {name: reward}, [task])[name].tolist()
     except (RewardError, ValueError) as error:
         die(str(error))
     if math.isnan(score):

@@ -366,7 +366,7 @@ def test_deqa_from_the_five_levels(serve, monkeypatch):
     with pytest.raises(rewards.Unavailable, match="gave no log-probabilities"):
         ask(lambda *_: chat("good"))
     for spec in ("deqa=openai+http://127.0.0.1:9", "deqa"):                      # its own model is an mPLUG-Owl2, which vLLM and SGLang do not serve
-        with pytest.raises(rewards.Unavailable, match="deqa.model is needed; .*pickle" if "=" in spec else "needs an endpoint"):
+        with pytest.raises(rewards.Unavailable, match="needs Flow-GRPO's server, deqa=pickle.*deqa.model"):
             score(spec)
 
 

@@ -795,8 +795,8 @@ def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, r
     model, an mPLUG-Owl2; or an endpoint with log-probabilities and another deqa.model, which must give these
     words half of the probability."""
     if not url or not model:
-        raise Unavailable("needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, deqa.model, "
-                          "at an endpoint, deqa=openai+http://HOST:PORT/v1")
+        raise Unavailable("needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
+                          "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1")
 
     def read(answer):
         try:

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import flow_sde
 import rewards
-from flow_sde import HERE, SD3, die, kl, randn, rollout, save_lora, sigma_schedule, transition, write_json
+from flow_sde import HERE, SD3, die, kl, randn, rollout, save_lora, transition, write_json
 
 SIZES = {  # layers, heads, width of a head, layers with two attentions, text width, CLIP layers, VAE channels
     "tiny-random": (2, 2, 16, 1, 64, 1, 8), "mid-random": (4, 14, 64, 2, 512, 1, 16), "sd35m-random": (24, 24, 64, 13, 4096, 12, 128)}
@@ -271,7 +271,7 @@ def walked_again(folder, base, boundary):
         models[name].load_adapter(name, f"{folder}/{i}")
     params = shared.train_adapter("student")
     optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4, fused=True)
-    shape, sigmas = shared.latent_shape(args.resolution), sigma_schedule(args.num_steps, shared.shift)[:-1]
+    shape, sigmas = shared.latent_shape(args.resolution), shared.sigmas(args.num_steps, args.resolution)[:-1]
     prompts = open(f"{folder}/prompts.txt").read().splitlines()
     while True:
         boundary()

@@ -19,9 +19,11 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, WEIGHTINGS, StopSignal, die, end_processes, generators, kl, listing, load_prompts, merge_loras, parse_args, parse_specs, pick_prompts,
-                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition, truncate_lora, update_average,
+from flow_sde import (SD3, WEIGHTINGS, StopSignal, clear_folder, die, end_processes, generators, kl, listing,
+                      load_prompts, merge_loras, own_folder, parse_args, parse_specs, pick_prompts,
+                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, refuse_given,
+                      resume_checkpoint, rollout, run_identity, save_checkpoint, save_lora, skeleton,
+                      start_processes, start_run, step_weights, transition, truncate_lora, update_average,
                       write_json)
 
 TASKS = ("compose", "ocr", "scene")
@@ -42,7 +44,8 @@ add = parser.add_argument_group("merge").add_argument
 add("--method", choices=["cat", "svd", "factors"], default="cat",
     help="exact, ranks add up; the best approximation at --rank; or the mean A and the mean B, which is neither (the released code's)")
 add = parser.add_argument_group("sft").add_argument
-add("--prompts", nargs="+", metavar="TASK=FILE", help="every teacher's prompts (.txt or .jsonl)")
+add("--prompts", nargs="+", metavar="TASK=FILE",
+    help="every teacher's prompts (.txt, .jsonl, .json, .csv, .tsv)")
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--resolution", type=int, default=512, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
@@ -66,6 +69,7 @@ add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 out = args.out or os.path.join("out", args.mode)
@@ -78,11 +82,11 @@ if taken := teachers.keys() & {"base", "student", "ema"}:
 
 # -- merge ---------------------------------------------------------------------------------------------------------------
 if args.mode == "merge":
-    loras = [(read_lora(s["value"])[0], s["weight"]) for s in teachers.values()]
-    for (other, _), task in zip(loras[1:], list(teachers)[1:]):
-        if odd := [n for n in loras[0][0].keys() & other.keys() if other[n][1].shape[0] != loras[0][0][n][1].shape[0] or
-                   other[n][0].shape[1] != loras[0][0][n][0].shape[1]]:
-            die(f"--teachers {task}: its shapes are not those of {next(iter(teachers))}, so they are of different models: {listing(odd)}")
+    if args.method != "svd":
+        refuse_given(parser, ("rank",), f"--method {args.method} has its own rank")
+    own_folder(out, overwrite=args.overwrite)
+    base = skeleton(args.model)
+    loras = [(read_lora(s["value"], *base), s["weight"]) for s in teachers.values()]
     exact = merge_loras(loras)
     merged = truncate_lora(exact, args.rank) if args.method == "svd" else exact
     if args.method == "factors":  # 1/K^2 of each product B A, and cross terms of one teacher's B with another's A
@@ -91,10 +95,16 @@ if args.mode == "merge":
         mean = lambda n, k: sum(w * lora[n][k] for lora, w in loras) / sum(w for _, w in loras)
         merged = {n: (mean(n, 0), mean(n, 1), loras[0][0][n][2]) for n in exact}
     delta = lambda lora, n: lora[n][2] / len(lora[n][0]) * lora[n][1].double() @ lora[n][0].double()
-    error = math.sqrt(sum((delta(merged, n) - delta(exact, n)).square().sum().item() for n in exact))
-    size = math.sqrt(sum(delta(exact, n).square().sum().item() for n in exact))
+    error, size, total = 0.0, 0.0, sum(w for _, w in loras)
+    for n in exact:
+        average = sum(w / total * delta(lora, n) for lora, w in loras if n in lora)
+        error += (delta(merged, n) - average).square().sum().item()
+        size += average.square().sum().item()
+    error, size = math.sqrt(error), math.sqrt(size)
     if size == 0:
         die("--teachers: the average of these LoRAs changes nothing; are they untrained?")
+    if args.overwrite:
+        clear_folder(out)
     save_lora(merged, os.path.join(out, "lora"))
     write_json(os.path.join(out, "results.json"), {"method": args.method, "relative_error": error / size, "teachers": list(teachers),
                                                    "rank": max(len(A) for A, _, _ in merged.values())})
@@ -111,29 +121,34 @@ if args.num_steps < 2:
     die(f"--num-steps {args.num_steps}: must be at least 2, since the last step is not learnt")
 if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
+if args.init:
+    refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 accelerator = start_processes(args.track, out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+init = own_folder(out, accelerator, args.resume, args.overwrite, args.init)
 model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
             args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
+model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
 for task, spec in teachers.items():
     model.load_teacher(task, spec["value"])
-if args.init:
-    model.load_adapter("student", args.init)
+if init:
+    model.load_adapter("student", init)
 else:
     model.new_adapter("student", args.rank, args.alpha, args.seed)
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
-sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]  # without the last step, as in distill.py
+sigmas = model.sigmas(args.num_steps, args.resolution)[:-1]  # without the last step, as in distill.py
 transitions = len(sigmas) - 1
 kl_sde = "flow" if args.sde == "ode" else args.sde
 scale = step_weights(list(zip(sigmas, sigmas[1:])), args.noise_level, kl_sde, args.weighting)
 weights = {task: spec["weight"] for task, spec in teachers.items()}
-files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
+files = {"base": args.model, "init": init,
+         **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
 identity = run_identity(args, world, files) | {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
-start = resume_checkpoint(args.resume, out, model, "student", optimizer, identity)
+start = resume_checkpoint(args.resume, out, args.steps, model, "student", optimizer, identity)
 log = start_run(out, start, args) if rank == 0 else None
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": out}})

@@ -29,9 +29,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, WEIGHTINGS, StopSignal, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, merge_loras,
-                      parse_args, parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout,
-                      run_identity, save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, step_weights, transition,
+from flow_sde import (SD3, WEIGHTINGS, StopSignal, clipped_surrogate, die, draw_rows, end_processes,
+                      generators, kl, load_prompts, log_prob, merge_loras, own_folder, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum,
+                      refuse_given, resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid,
+                      save_lora, split_options, start_processes, start_run, step_weights, transition,
                       update_average, write_json)
 from rewards import check_rewards, evaluate, markdown, parse_rewards
 
@@ -49,7 +51,8 @@ add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
 add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]",
     help="one teacher a task, a LoRA or a full fine-tune; weight: its share of prompts and of --init merge")
-add("--prompts", nargs="+", metavar="TASK=FILE", help="training prompts of every teacher's task (.txt or .jsonl)")
+add("--prompts", nargs="+", metavar="TASK=FILE",
+    help="training prompts of every teacher's task (.txt, .jsonl, .json, .csv, .tsv)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's aesthetic teacher: a LoRA or a full fine-tune, `base`, or `none`: no MAR")
 # The paper's; on the toy it changes nothing that can be measured. At 0.2 quality on all prompts rose by 0.04 and one task fell by 0.03 (README, d).
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
@@ -105,6 +108,7 @@ add("--eval-batch-size", type=int, default=8, help="pictures per forward of the 
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 
@@ -119,7 +123,7 @@ if lonely := [t for t in teachers if t not in prompt_files]:
     die(f"--teachers {', '.join(lonely)}: no prompts of that task; --prompts has {', '.join(prompt_files)}")
 if taken := teachers.keys() & {"base", "student", "start", "ema", "anchor"}:
     die(f"--teachers {taken.pop()}: that name is taken; call the task something else")
-anchor_path, anchor_guidance = re.fullmatch(r"(.*?)(?:,guidance=(\d+\.?\d*|\.\d+))?", args.anchor).groups()
+anchor_path, anchor_options = split_options("--anchor", args.anchor, guidance=args.guidance)
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
 eval_prompts = {task: load_prompts(task, s["value"]) for task, s in parse_specs("--eval-prompts", args.eval_prompts).items()}
 rewards = parse_rewards(args.reward, args.reward_option)
@@ -140,15 +144,19 @@ if args.objective != "kl" and args.sde == "ode":
     die(f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
 if args.schedule == "alternate" and any(s["weight"] % 1 for s in teachers.values()):
     die("--schedule alternate: the teachers' weights are numbers of updates, so they must be whole")
+if args.init != "none":
+    refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 if args.objective == "ppo-paper":
     print("note: ppo-paper's reward depends on the state alone, so its expected gradient is zero: it is here to be seen not to learn")
 
 # -- devices and models: one frozen base, everyone else an adapter on it ------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+init = own_folder(args.out, accelerator, args.resume, args.overwrite, args.init)
 model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
             args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
+model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
 if rank == 0:
     check_rewards(rewards, eval_prompts, args.resolution, tasks=prompts)  # on the CPU: they come back only for the table at the end
 for task, spec in teachers.items():
@@ -166,14 +174,14 @@ if args.init == "merge":
 elif args.init == "none":
     model.new_adapter("student", args.rank, args.alpha, args.seed)
 else:
-    model.load_adapter("student", args.init)
+    model.load_adapter("student", init)
 model.copy_adapter("student", "start")
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 # The last step is neither sampled nor learnt, as in Flow-GRPO. It starts at t < 0.01, where the noise that the model should predict is
 # all but invisible: teachers differ most there, their KL would outweigh all other steps together, and the picture hardly moves.
-sigmas = sigma_schedule(args.num_steps, model.shift)[:-1]
+sigmas = model.sigmas(args.num_steps, args.resolution)[:-1]
 transitions, dimensions = len(sigmas) - 1, math.prod(shape)
 kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition density: it is judged by the flow-SDE's at the same states
 count = args.label_steps or transitions  # steps labelled in a rollout
@@ -182,11 +190,13 @@ weights = {task: spec["weight"] for task, spec in teachers.items()}
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
           f"anchor: {args.anchor}; {samples * world} trajectories an update")
-files = {"base": args.model, "anchor": anchor_path, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
+files = {"base": args.model, "anchor": anchor_path, "init": init,
+         **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
 settings = {f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()}
-identity = run_identity(args, world, files, "reward", "reward_option") | settings | {"anchor's guidance": anchor_guidance}
-start = resume_checkpoint(args.resume, args.out, model, "student", optimizer, identity)
+settings["anchor's guidance"] = anchor_options["guidance"]
+identity = run_identity(args, world, files, "reward", "reward_option") | settings
+start = resume_checkpoint(args.resume, args.out, args.steps, model, "student", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})
@@ -232,8 +242,7 @@ def update():
 
 def guidance_of(name):
     """A teacher's or the anchor's own guidance, or everyone's."""
-    own = anchor_guidance if name == "anchor" else teachers.get(name, {}).get("guidance")
-    return args.guidance if own is None else float(own)
+    return (anchor_options if name == "anchor" else teachers.get(name, {})).get("guidance", args.guidance)
 
 
 def draw_grid():
@@ -260,7 +269,7 @@ for step in progress:
     batch = [pair for pair in chosen for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
     kl_by_task = torch.zeros(len(teachers), count, device=device)  # sums, for the log
-    anchor_sum = torch.zeros((), device=device)
+    anchor_sum, student_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
 
@@ -296,6 +305,7 @@ for step in progress:
                 mean, std = transition(x, v_teacher, t, t_next, args.noise_level, args.sde)
                 reward = log_prob(x_next, mean, std) - old + to_teacher if args.objective == "ppo" else -to_teacher
                 memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
+            student_sum += v.detach().sum()  # if something is not finite: is it the student?
             kl_by_task[:, labelled.index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
             if t == labelled[-1]:  # nobody asks where the rest of the trajectory leads
@@ -325,12 +335,16 @@ for step in progress:
 
     # report: KL per teacher, mean over its samples and steps
     counts = reduce_sum(torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device)) * count
-    reduce_sum(kl_by_task), reduce_sum(anchor_sum)
+    reduce_sum(kl_by_task), reduce_sum(anchor_sum), reduce_sum(student_sum)
     kls = {t: s / n for t, s, n in zip(teachers, kl_by_task.sum(1).tolist(), counts.tolist()) if n}
-    if not math.isfinite(norm + sum(kls.values())):
-        broken = [t for t, value in kls.items() if not math.isfinite(value)] or list(kls)
-        die(f"step {step + 1}: the loss on {', '.join(broken)} is not finite; checkpoints in {args.out} are as they were. "
-            "Try a smaller --lr or another --dtype")
+    if not math.isfinite(norm + sum(kls.values()) + anchor_sum.item()):
+        broken = [f"the teacher of {t}" for t, value in kls.items() if not math.isfinite(value)]
+        if not math.isfinite(student_sum.item()):
+            broken = ["the student"]
+        elif not broken:
+            broken = ["the student's gradient" if math.isfinite(anchor_sum.item()) else "the anchor"]
+        die(f"step {step + 1}: {' and '.join(broken)} is not finite; checkpoints in {args.out} are as they "
+            "were. Try another --dtype or, if it is the student, a smaller --lr")
     record = {"step": step + 1, **{f"kl/{t}": value for t, value in kls.items()}, "grad_norm": norm, "seconds": time.time() - began}
     if anchor:
         record["kl_to_anchor"] = anchor_sum.item() / counts.sum().item()

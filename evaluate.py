@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, parse_args,
-                      parse_specs, save_grid, start_processes, write, write_json)
+from flow_sde import (SD3, StopSignal, die, end_processes, file_hash, fingerprint, generators, load_prompts,
+                      own_folder, parse_args, parse_specs, save_grid, start_processes, write, write_json)
 from rewards import (RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards,
                      pil, read_picture, rewards_of, score_batch)
 
@@ -55,7 +55,8 @@ add("--folders", nargs="+", metavar="NAME=DIR",
     "in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as "
     "for diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval: "
     "00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff")
-add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt or .jsonl)")
+add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE",
+    help="held-out prompts (.txt, .jsonl, .json, .csv, .tsv)")
 add("--samples-per-prompt", type=int, default=1,
     help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
 add("--reward", nargs="+", metavar="NAME[@TASK]",
@@ -178,6 +179,7 @@ find = made_elsewhere if folders else to_be_made
 files = {(name, task): find(name, task) for name in names for task in prompts}
 accelerator = start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+own_folder(args.out, accelerator)
 
 # -- what is there already -----------------------------------------------------------------------------------
 def score_rows(place):
@@ -192,14 +194,15 @@ def score_rows(place):
 
 
 settings_files = {}
+base = fingerprint(args.model) if rank == 0 and not folders else None
 for name, task in files if rank == 0 else ():
     place = os.path.join(args.out, name, task)
     os.makedirs(os.path.join(place, "samples"), exist_ok=True)
     if folders:
-        listing = [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f in files[name, task]]
+        listing = [file_hash(f) for f in files[name, task]]
         settings = {"pictures": hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}
     else:
-        settings = {"model": fingerprint(args.model), "guidance": guidance[name],
+        settings = {"model": base, "guidance": guidance[name],
                     "LoRA": fingerprint(specs[name]["value"]) if name in specs else None}
         for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
             settings[key] = getattr(args, key)
@@ -244,6 +247,7 @@ if any(missing for *_, missing in jobs):
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])
+    model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
 needed = {reward for *_, unscored, _ in jobs for reward in unscored}
 check_rewards(rewards, prompts, args.resolution, device, needed=needed)
 accelerator.wait_for_everyone()  # all have read, and nothing was refused, before anyone writes
@@ -336,7 +340,7 @@ def make_all():
         if missing:
             texts = [prompts[task][i]["prompt"] for i in batch]
             made = model.generate(texts, generators(args.seed, 0, batch), args.eval_num_steps, args.resolution,
-                                  name, guidance[name])
+                                  name, guidance[name], strict=False)
             for i, tensor, picture in zip(batch, made, pil(made)):
                 if tensor.isfinite().all():
                     write(files[name, task][i], encoded(picture))

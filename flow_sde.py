@@ -11,9 +11,13 @@ floats: all samples of a batch are at the same step, and no formula waits for a 
 
 import argparse
 import contextlib
+import csv
+import dataclasses
 import datetime
 import errno
 import functools
+import glob
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -27,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter, namedtuple
 
 import numpy as np
@@ -34,6 +39,8 @@ import torch
 import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+OWNED = []  # the locks of the folders this process writes, held until it ends
+go_on = "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on optional packages are not this program's output
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -41,15 +48,6 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # ======================================================================================================================
 # 1. The flow-SDE
 # ======================================================================================================================
-
-def sigma_schedule(num_steps, shift=3.0, num_train_timesteps=1000):
-    """The num_steps + 1 sigmas from 1 to 0 that diffusers' FlowMatchEulerDiscreteScheduler visits, as floats.
-
-    The shift, s -> shift s / (1 + (shift - 1) s), is applied twice to all but the ends: the scheduler's smallest sigma is
-    already shifted when the evenly spaced grid is laid, and the grid is shifted again."""
-    warp = lambda s: shift * s / (1 + (shift - 1) * s)
-    return [float(warp(s)) for s in np.linspace(1.0, warp(1 / num_train_timesteps), num_steps)] + [0.0]
-
 
 def transition(x, v, t, t_next, noise_level, sde="flow"):
     """The Gaussian that one sampling step draws from. x, v: (B, ...) -> mean (B, ...), std float.
@@ -185,37 +183,45 @@ class SD3:
 
     def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False,
                  max_sequence_length=256):
-        import warnings
-        from diffusers import StableDiffusion3Pipeline
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # `dtype` is silently ignored by diffusers 0.37
         if max_sequence_length > 512:
             die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most 512")
-        has_t5 = check_model(model).get("text_encoder_3", [None])[0] is not None
-        try:
-            self.pipe = StableDiffusion3Pipeline.from_pretrained(
-                model, torch_dtype=dtype, **({} if use_t5 and has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
-        except (OSError, ValueError) as error:
-            die(f"--model {model}: cannot be loaded: {str(error).splitlines()[0]}")
+        left_out = () if use_t5 else ("text_encoder_3", "tokenizer_3")
+        self.pipe = load_pipeline(model, dtype, device, left_out, offload)
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
+        self.sources = {"base": model}  # what each name was loaded from
         self.peft, self.routes = None, []  # the transformer in its PeftModel, once there is an adapter; [(adapter, rows)]
         torch.backends.cuda.matmul.allow_tf32 |= dtype != torch.float32  # the trained LoRA's inputs are of half precision anyway
         self.text_encoders = [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
-        for module in (self.transformer, self.pipe.vae, *self.text_encoders):
-            module.requires_grad_(False).eval()
-            if not (offload and module in self.text_encoders):
-                module.to(device)
-        self.pipe.vae.to(torch.float32)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         t5 = self.pipe.tokenizer_3
         self.max_length = max_sequence_length if t5 is None else min(max_sequence_length, t5.model_max_length)
-        self.shift = self.pipe.scheduler.config.shift
+        scheduler = self.pipe.scheduler
+        if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+            die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
+                "FlowMatchEulerDiscreteScheduler does")
+        if scheduler.config.stochastic_sampling:
+            die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
         self.null = self.encode([""])
+
+    def sigmas(self, num_steps, resolution):
+        """The num_steps + 1 sigmas from 1 to 0, as floats, that the pipeline's own scheduler visits for a
+        square picture."""
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+        scheduler, (_, height, width) = self.pipe.scheduler, self.latent_shape(resolution)
+        mu = None  # the shift of larger pictures, where the scheduler has one
+        if scheduler.config.use_dynamic_shifting:
+            tokens = height * width // self.transformer.config.patch_size ** 2
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+        scheduler.set_timesteps(num_steps, mu=mu)
+        sigmas = scheduler.sigmas.tolist()
+        falling = all(t > t_next for t, t_next in zip(sigmas, sigmas[1:]))
+        if abs(sigmas[0] - 1) > 1e-6 or sigmas[-1] != 0 or not falling:
+            die(f"--num-steps {num_steps}: the sigmas of the model's scheduler do not fall from 1 to 0: "
+                f"{listing(sigmas)}")
+        return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
         """(C, h, w) of a square picture; a resolution the model cannot draw is refused."""
@@ -225,6 +231,20 @@ class SD3:
         if rest or side % config.patch_size or not 0 < side <= most:
             die(f"--resolution {resolution}: this model draws multiples of {unit} up to {most * self.pipe.vae_scale_factor}")
         return config.in_channels, side, side
+
+    def note_long(self, prompts):
+        """Say how many of these texts are longer than the text encoders read."""
+        texts, long = set(prompts), []
+        for part, encoder in self.pipe.components.items():
+            if part.startswith("text_encoder") and encoder is not None:
+                tokenizer = self.pipe.components[part.replace("text_encoder", "tokenizer")]
+                most = self.max_length if part == "text_encoder_3" else tokenizer.model_max_length
+                may = [text for text in texts if len(text.encode()) + 2 > most]  # a token has a byte at least
+                count = sum(len(ids) > most for ids in tokenizer(may).input_ids) if may else 0
+                if count:
+                    long.append(f"{count} are longer than {part} reads ({most} tokens)")
+        if long:
+            say(f"note: of {len(texts)} prompts {', '.join(long)}; the rest of them is not seen there")
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -286,10 +306,11 @@ class SD3:
             index = to_device(order, x.device)
             x, embeds, pooled = x[index], embeds[index], pooled[index]
         before, self.routes = self.routes, routes
+        timestep = torch.full((len(x),), t * self.pipe.scheduler.config.num_train_timesteps, device=x.device)
         try:
             v = self.full.get(alone, self.transformer)(
-                hidden_states=x, timestep=torch.full((len(x),), t * 1000, device=x.device), encoder_hidden_states=embeds,
-                pooled_projections=pooled, return_dict=False)[0]
+                hidden_states=x, timestep=timestep, encoder_hidden_states=embeds, pooled_projections=pooled,
+                return_dict=False)[0]
         finally:
             self.routes = before
         return v[index.argsort()] if sorted_here else v
@@ -311,22 +332,33 @@ class SD3:
         return y
 
     @torch.no_grad()
-    def decode(self, latents):
-        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to bound the memory."""
+    def decode(self, latents, names=None):
+        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to
+        bound the memory. A picture that is not finite is all NaN, never black; where the names of those who
+        drew are given, one or one per sample, it ends the program with its own."""
         config = self.pipe.vae.config
         latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
         at_once = max(1, 2 ** 20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor ** 2))
-        return torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5).clamp(0, 1)
+        pictures = torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5)
+        finite = pictures.isfinite().flatten(1).all(1)
+        if names is not None and not finite.all():
+            name = names if isinstance(names, str) else names[finite.tolist().index(False)]
+            die(f"{name} ({self.sources.get(name, 'in training')}) draws a picture that is not finite: its "
+                f"weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}")
+        return torch.where(finite.view(-1, 1, 1, 1), pictures.clamp(0, 1), math.nan)
 
     @torch.no_grad()
-    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0, sde="flow"):
-        """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers pipeline's."""
+    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0,
+                 sde="flow", strict=True):
+        """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
+        pipeline's. A picture that is not finite ends the program with the model's name; without `strict` it
+        is returned as NaN."""
         shape, cond = self.latent_shape(resolution), self.encode(prompts)
         draw = lambda: randn(gens, shape, self.device)
         velocity = lambda x, t: self.velocity(x, t, cond, adapter, guidance)
-        for step in rollout(velocity, draw(), sigma_schedule(num_steps, self.shift), noise_level, sde, draw):
+        for step in rollout(velocity, draw(), self.sigmas(num_steps, resolution), noise_level, sde, draw):
             pass
-        return self.decode(step.x_next)
+        return self.decode(step.x_next, adapter if strict else None)
 
     def save_pipeline(self, folder, name):
         """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use after it."""
@@ -344,16 +376,20 @@ class SD3:
         folder = transformer_folder(locate(path))
         if not folder:
             return self.load_adapter(name, path)
-        from diffusers import SD3Transformer2DModel
-        try:
-            network = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            die(f"{path}: its transformer cannot be loaded: {str(error).splitlines()[0]}")
+        kind = type(self.transformer)
+        found = read_json(os.path.join(folder, "config.json"))["_class_name"]
+        if found != kind.__name__:
+            die(f"{path}: a {found}; this model's transformer is a {kind.__name__}")
+        network = load_network(kind, folder, self.dtype, self.device)
         ours, theirs = self.transformer.config, network.config
-        if odd := [f"{k} is {theirs[k]}, the model's {ours[k]}" for k in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
-                                                                          "pos_embed_max_size") if theirs[k] != ours[k]]:
+        inputs = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
+                  "pos_embed_max_size")
+        odd = [f"{key} is {theirs.get(key)}, the model's {ours[key]}" for key in inputs
+               if key in ours and theirs.get(key) != ours[key]]
+        if odd:
             die(f"{path}: a transformer that does not fit this model: {listing(odd)}")
-        self.full[name] = network.to(self.device).requires_grad_(False).eval()
+        self.full[name] = network
+        self.sources[name] = path
 
     def new_adapter(self, name, rank, alpha, seed=0):
         """An untrained LoRA on the eight attention projections: A Gaussian, B zero, so it starts as the base."""
@@ -364,22 +400,8 @@ class SD3:
 
     def load_adapter(self, name, path):
         """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit; what does not is named."""
-        lora, config = read_lora(path)
-        if config:
-            wanted = config["target_modules"]
-            matches = lambda n: re.fullmatch(wanted, n) if isinstance(wanted, str) else any(n == w or n.endswith("." + w) for w in wanted)
-            missing = [n for n, m in self._linears().items() if matches(n) and n not in lora]
-            if missing:
-                die(f"{path}: its adapter_config.json targets {len(missing)} layers for which it has no weights: {listing(missing)}")
-        layers = self._linears()
-        unknown = [n for n in lora if n not in layers]
-        if unknown:
-            die(f"{path}: {len(unknown)} of its layers are not in this model: {listing(unknown)}")
-        misfits = [f"{n} is {(b.shape[0], a.shape[1])}, the model's {tuple(layers[n].weight.shape)}"
-                   for n, (a, b, _) in lora.items() if (b.shape[0], a.shape[1]) != tuple(layers[n].weight.shape)]
-        if misfits:
-            die(f"{path}: LoRA shapes do not fit this model: {listing(misfits)}")
-        self.add_adapter(name, lora)
+        self.add_adapter(name, read_lora(path, self.pipe.transformer, type(self.pipe)))
+        self.sources[name] = path
 
     def add_adapter(self, name, lora):
         """An adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the module's weight."""
@@ -397,6 +419,7 @@ class SD3:
         """A frozen twin of an adapter under another name."""
         import copy
         self._attach(name, copy.deepcopy(self.peft.peft_config[source]))
+        self.sources[name] = f"from {source}"
         with torch.no_grad():
             for p, q in zip(self.weights(name).values(), self.weights(source).values(), strict=True):
                 p.copy_(q)
@@ -415,11 +438,6 @@ class SD3:
                 found[m[1], m[2]] = p
         return found
 
-    def _linears(self):
-        """{module name as in the bare model: its linear layer}."""
-        return {n.removesuffix(".base_layer"): m for n, m in self.pipe.transformer.named_modules()
-                if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
-
     def _attach(self, name, config):
         from peft import PeftModel
         if hasattr(torch.nn.ModuleDict(), name):
@@ -437,49 +455,216 @@ class SD3:
         self.peft.eval()
 
 
-def read_lora(path):
-    """A LoRA as {module: (A (r, in), B (out, r), alpha)} float32, and its adapter_config.json ({} for the diffusers layout)."""
-    from safetensors import safe_open
+def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
+    """A diffusers pipeline from its folder or hub id, every network of it loaded and checked by load_network,
+    the VAE in float32. left_out: parts to do without; offload keeps the text encoders in the CPU's memory."""
+    import diffusers
+    import transformers
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # diffusers 0.37 ignores `dtype`
+    folder, kind, index = pipeline_folder(model, left_out)
+    parts = {part: None for part, names in index.items() if part in left_out or names == [None, None]}
+    for part, (library, name) in index.items():
+        module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        network = getattr(module, name or "", None)
+        if part not in parts and isinstance(network, type) and issubclass(network, torch.nn.Module):
+            place = "cpu" if offload and part.startswith("text_encoder") else device
+            precision = torch.float32 if part == "vae" else dtype
+            parts[part] = load_network(network, os.path.join(folder, part), precision, place)
+    try:
+        pipe = kind.from_pretrained(folder, torch_dtype=dtype, **parts)
+    except Exception as error:
+        die(f"--model {model}: cannot be loaded: {first_line(error)}")
+    for part, tokenizer in pipe.components.items():
+        encoder = pipe.components.get(part.replace("tokenizer", "text_encoder"))
+        if part.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+            known = encoder.get_input_embeddings().num_embeddings
+            if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
+                die(f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
+                    f"and its text encoder knows {known}")
+    return pipe
+
+
+def load_network(kind, folder, dtype, device):
+    """A frozen network of a diffusers or transformers class, from its folder. Every weight comes from the
+    files, fits and is finite, or the program ends with its name: the libraries draw what is missing at random
+    and drop what is too much."""
+    quantised = "a quantised network; give one in float32, bfloat16 or float16, which --dtype converts"
+    if read_json(os.path.join(folder, "config.json")).get("quantization_config"):
+        die(f"{folder}: {quantised}")
+    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        for key, kept_as in read_header(file)[0].items():
+            if kept_as not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"):
+                die(f"{file}: {key} is {kept_as}: {quantised}")
+    options = {}
+    if kind.__module__.startswith("transformers"):
+        options["ignore_mismatched_sizes"] = True  # `info` tells of them; diffusers raises
+    try:
+        network, info = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True,
+                                             output_loading_info=True, **options)
+    except Exception as error:
+        die(f"{folder}: cannot be loaded: {first_line(error)}")
+    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    misshapen = sorted(key for key, *_ in info["mismatched_keys"])
+    fronts = {e.removesuffix(m) if e.endswith(m) else "" for m, e in zip(missing, extra)}
+    if len(missing) == len(extra) and len(fronts) == 1 and fronts != {""}:
+        die(f"{folder}: its keys begin with {fronts.pop()!r}, those of a wrapper; save the network within it")
+    found = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
+    wrong = [f"{what} are {listing(keys)}" for what, keys in found.items() if keys]
+    if wrong:
+        die(f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}")
+    network.requires_grad_(False).eval().to(device)
+    for key, weight in network.state_dict().items():
+        if weight.is_floating_point() and not torch.stack(weight.aminmax()).isfinite().all():
+            die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
+    return network
+
+
+def linear_layers(network):
+    """{module name as in the bare network: its linear layer}, whether adapters stand on it or not."""
+    return {n.removesuffix(".base_layer"): m for n, m in network.named_modules()
+            if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
+
+
+def skeleton(model):
+    """A pipeline's transformer without weights (on the meta device), and the pipeline's class: what a LoRA
+    must fit."""
+    import diffusers
+    folder, pipeline, index = pipeline_folder(model, only=["transformer/config.json"])
+    with torch.device("meta"):
+        kind = getattr(diffusers, index["transformer"][1])
+        return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json"))), pipeline
+
+
+def read_lora(path, network, pipeline):
+    """A LoRA for `network`, the transformer of a diffusers pipeline of class `pipeline`, as {module: (A (r,
+    in), B (out, r), alpha)}, float32 on the CPU. Either it is just what its files say, alpha/r B A more for
+    the weight of each module, or the program ends with what is wrong."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from safetensors.torch import load_file
     folder = locate(path)
     if transformer_folder(folder):
         die(f"{path}: a full fine-tune; here only a LoRA will do")
+    file = folder
     if os.path.isdir(folder):
-        names = [f for f in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if os.path.exists(os.path.join(folder, f))]
+        names = [name for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+                 if os.path.exists(os.path.join(folder, name))]
         if not names:
             die(f"{path}: neither adapter_model.safetensors (PEFT) nor pytorch_lora_weights.safetensors (diffusers) is in it")
         file = os.path.join(folder, names[0])
+    header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
+    config, default_alpha = lora_settings(file, header, tensors)
+    parts, alphas, strange = lora_parts(tensors, layers)
+    if strange and not any("dora" in key or "magnitude" in key for key in strange):  # which it would drop
+        with contextlib.suppress(Exception):  # it knows some layouts of other programs, and fails on the rest
+            parts, alphas, strange = lora_parts(pipeline.lora_state_dict(dict(tensors)), layers)
+    if strange or not parts:
+        advice = ""
+        if any(re.match(r"lora_|diffusion_model\.|.*joint_blocks", key) for key in strange):
+            advice = (". OneTrainer's convert_model.py makes diffusers' layout of kohya's and ComfyUI's "
+                      "(--training-method LORA --output-model-format DIFFUSERS_LORA)")
+        die(f"{path}: {len(strange)} keys belong to no LoRA of a linear layer in this model: "
+            f"{listing(strange)}{advice}")
+
+    lora, wrong, assumed = {}, [], False
+    for n, (A, B) in parts.items():
+        rank, shape = len(A), tuple(layers[n].weight.shape)
+        alpha, expected = default_alpha, rank
+        if config:
+            alpha = by_pattern(config.alpha_pattern, n, config.lora_alpha)
+            expected = by_pattern(config.rank_pattern, n, config.r)
+        alpha = alphas.get(n, alpha)
+        if alpha is None:
+            alpha, assumed = rank, True
+        if rank != expected:
+            wrong.append(f"{n} has rank {rank}, in its settings {expected}")
+        if A.ndim != 2 or B.ndim != 2 or (len(B), A.shape[1]) != shape or B.shape[1] != rank:
+            wrong.append(f"{n} has A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {shape}")
+        if not A.isfinite().all() or not B.isfinite().all() or not math.isfinite(alpha):
+            wrong.append(f"{n} has values that are not finite")
+        lora[n] = A, B, alpha * math.sqrt(rank) if config and config.use_rslora else alpha
+    missing = [n for n in layers if config and n not in lora and check_target_module_exists(config, n)]
+    if missing:
+        wrong.append(f"{len(missing)} layers that its settings target have no weights: {listing(missing)}")
+    if wrong:
+        die(f"{path}: {listing(wrong)}")
+    if assumed and not any(key.endswith(".alpha") for key in tensors):  # what diffusers converts has it in B
+        say(f"note: {path} says nothing of its alpha; taken to be its rank, as diffusers does")
+    return lora
+
+
+def by_pattern(patterns, name, default):
+    """What peft's rank_pattern or alpha_pattern says of a module."""
+    from peft.utils.other import get_pattern_key
+    return (patterns or {}).get(get_pattern_key(patterns or (), name), default)
+
+
+def lora_settings(file, header, keys):
+    """A LoRA file's LoraConfig, or None, and the alpha in its header, or None. Settings under which alpha/r B
+    A is not all that the LoRA does to this base are refused."""
+    from peft import LoraConfig, PeftConfig
+    place, peft_keys = file, any(key.startswith("base_model.model.") for key in keys)
+    if "lora_adapter_metadata" in header:  # diffusers'
+        config = json_object(header["lora_adapter_metadata"], file)
+    elif peft_keys or os.path.basename(file) == "adapter_model.safetensors":
+        place = os.path.join(os.path.dirname(file), "adapter_config.json")
+        if not os.path.exists(place):
+            die(f"{file}: a PEFT LoRA without its adapter_config.json")
+        config = read_json(place)
     else:
-        file = folder
+        for key in ("lora_alpha", "alpha", "ss_network_alpha"):
+            with contextlib.suppress(KeyError, ValueError):
+                return None, float(header[key])
+        return None, None
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        die(f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to the '
+            "base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it")
     try:
-        with safe_open(file, "pt") as f:
-            tensors, header = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
+            settings = PeftConfig.from_peft_type(**{"peft_type": "LORA"} | config)
+        plain = isinstance(settings, LoraConfig) and isinstance(settings.r, int) and settings.target_modules
+        plain = plain and isinstance(settings.lora_alpha, (int, float))
     except Exception as error:
-        die(f"{file}: not a readable safetensors file ({error})")
-    config_file = os.path.join(os.path.dirname(file), "adapter_config.json")
-    is_peft = any(k.startswith("base_model.model.") for k in tensors)
-    config = json.load(open(config_file)) if is_peft and os.path.exists(config_file) else {}
-    if is_peft and not config:
-        die(f"{path}: a PEFT LoRA without its adapter_config.json")
-    meta = config or {k.removeprefix("transformer."): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
-    parts, alphas, strange = {}, {}, []
+        die(f"{place}: not the settings of a LoRA ({first_line(error)})")
+    if not plain:
+        needed = ("peft_type", "r", "lora_alpha", "target_modules")
+        seen = ", ".join(f"{key} {config.get(key)!r}" for key in needed)
+        die(f"{place}: not the settings of a plain LoRA: {seen}")
+    more = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
+    more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # peft 0.18 does not mark them
+    more |= {"layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
+    more = sorted(key for key in config if config[key] and (key in more or not hasattr(settings, key)))
+    if more:
+        die(f"{place}: more than a plain LoRA: it sets {listing(more)}")
+    return settings, None
+
+
+LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs that write a module's dots as _
+    r"(?:transformer\.|diffusion_model\.|lora_transformer_|lora_unet_|lycoris_)?(?:base_model\.model\.)?(.+?)"
+    r"\.(?:(lora_A|lora_down|lora\.down)|(lora_B|lora_up|lora\.up)|alpha)(?:\.default)?(?:\.weight)?")
+
+
+def lora_parts(tensors, layers):
+    """({module: (A, B)}, {module: alpha}, [what belongs to neither]) of a LoRA file's tensors."""
+    flat = {n.replace(".", "_"): n for n in layers}
+    halves, alphas, strange = {}, {}, []
     for key, tensor in tensors.items():
-        plain = re.sub(r"^(transformer\.)?(base_model\.model\.)?", "", key)
-        if m := re.fullmatch(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)(\.default)?\.weight", plain):
-            parts.setdefault(m[1], {})["A" if m[2] in ("lora_A", "lora.down") else "B"] = tensor
-        elif plain.endswith(".alpha"):
-            alphas[plain.removesuffix(".alpha")] = tensor.item()
-        else:
+        m = LORA_KEY.fullmatch(key)
+        n = flat.get(m[1], m[1]) if m else None
+        kind = "A" if m and m[2] else "B" if m and m[3] else "alpha"
+        if n not in layers or kind in halves.get(n, ()):
             strange.append(key)
-    strange += [f"{n} (only lora_{'/'.join(p)})" for n, p in parts.items() if len(p) != 2]
-    if strange or not parts or meta.get("use_dora"):
-        die(f"{path}: not a plain LoRA of SD3's transformer; unexpected: {listing(strange or sorted(tensors))}")
-    lora = {}
-    for n, p in parts.items():
-        rank = p["A"].shape[0]
-        pattern = next((v for k, v in (meta.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", n)), None)  # peft's rule
-        alpha = alphas.get(n, pattern if pattern is not None else meta.get("lora_alpha", rank))
-        lora[n] = p["A"], p["B"], alpha * math.sqrt(rank) if meta.get("use_rslora") else alpha
-    return lora, config
+        elif kind == "alpha":
+            alphas[n] = tensor.item()
+        else:
+            halves.setdefault(n, {})[kind] = tensor.float()
+    strange += [f"{n} (only lora_{'/'.join(half)})" for n, half in halves.items() if len(half) == 1]
+    strange += [f"{n} (only alpha)" for n in alphas if n not in halves]
+    return {n: (half["A"], half["B"]) for n, half in halves.items() if len(half) == 2}, alphas, strange
 
 
 def save_lora(lora, folder):
@@ -487,7 +672,8 @@ def save_lora(lora, folder):
     `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha in its metadata: without it diffusers
     takes alpha = rank, and the picture is another one."""
     from safetensors.torch import save
-    final, folder = str(folder).rstrip("/"), str(folder).rstrip("/") + ".new"  # written beside, then renamed
+    final = os.path.realpath(folder)
+    folder = final + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     config = lora_config(lora).to_dict() | {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
@@ -516,8 +702,9 @@ def merge_loras(parts):
     Averaging the A's and the B's instead is not that: it keeps 1/K^2 of each product and adds cross terms."""
     total, merged = sum(w for _, w in parts), {}
     for n in dict.fromkeys(n for lora, _ in parts for n in lora):
-        terms = [(*lora[n][:2], (w / total * lora[n][2] / len(lora[n][0])) ** 0.5) for lora, w in parts if n in lora]
-        A, B = torch.cat([a * c for a, _, c in terms]), torch.cat([b * c for _, b, c in terms], dim=1)
+        terms = [(*lora[n][:2], w / total * lora[n][2] / len(lora[n][0])) for lora, w in parts if n in lora]
+        A = torch.cat([a * abs(c) ** 0.5 for a, _, c in terms])
+        B = torch.cat([b * math.copysign(abs(c) ** 0.5, c) for _, b, c in terms], dim=1)  # alpha may be < 0
         merged[n] = A, B, len(A)
     return merged
 
@@ -533,12 +720,15 @@ def truncate_lora(lora, rank):
     return out
 
 
+HUB_PATH = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)/?")  # OWNER/REPOSITORY, and what is in it
+
+
 def locate(path):
     """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is; what the hub has, OWNER/REPOSITORY or a folder or
     a .safetensors file in it, OWNER/REPOSITORY/PATH, is downloaded once."""
     if os.path.exists(path):
         return path
-    if not (m := re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)/?", path)) or path.startswith("."):
+    if not (m := HUB_PATH.fullmatch(path)):
         die(f"{path}: no such LoRA folder or file")
     repo, inside = m[1], m[2].strip("/")
     folder, file = os.path.split(inside) if inside.endswith(".safetensors") else (inside, "")
@@ -552,39 +742,96 @@ def locate(path):
 
 
 def transformer_folder(folder):
-    """The folder of an SD3 transformer's weights, if `folder` is one or is a pipeline; else None."""
+    """The folder of a diffusers transformer's weights, if `folder` is one or is a pipeline; else None."""
     for place in (folder, os.path.join(folder, "transformer")):
         config = os.path.join(place, "config.json")
-        if os.path.isfile(config) and json.load(open(config)).get("_class_name") == "SD3Transformer2DModel":
+        kind = read_json(config).get("_class_name") if os.path.isfile(config) else None
+        if str(kind).endswith("Transformer2DModel"):
             return place
+
+
+REVISIONS = {}  # of the hub's repositories, each as it was when this process first asked
 
 
 def fetch(repo, patterns):
     """A hub repository's files, downloaded once; a clear end where it cannot be had."""
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(repo, allow_patterns=patterns)
+        folder = snapshot_download(repo, revision=REVISIONS.get(repo), allow_patterns=patterns)
     except Exception as error:
         die(f"{repo}: neither a local path nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]})")
+    REVISIONS[repo] = os.path.basename(folder)
+    return folder
 
 
-def check_model(model):
-    """The model_index.json of a folder or hub id, which must be a pipeline of Stable Diffusion 3."""
-    if os.path.isdir(model) and not os.path.exists(os.path.join(model, "model_index.json")):
-        die(f"--model {model}: not a diffusers pipeline folder (no model_index.json in it)")
+def pipeline_folder(model, left_out=(), only=None):
+    """A pipeline's folder, its diffusers class, and its parts {name: [library, class]}. Of a hub id what
+    diffusers needs is downloaded, but for the parts left out; or `only` these files."""
+    import diffusers
+    folder = model
     if not os.path.isdir(model):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
+        if os.path.exists(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
             die(f"--model {model}: no such folder")
-        model = fetch(model, ["model_index.json"])
-    index = json.load(open(os.path.join(model, "model_index.json")))
+        folder = fetch(model, ["model_index.json", *(only or ())])
+    if not os.path.exists(os.path.join(folder, "model_index.json")):
+        die(f"--model {model}: not a diffusers pipeline folder (no model_index.json in it)")
+    index = read_json(os.path.join(folder, "model_index.json"))
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         die(f"--model {model}: a {index.get('_class_name')}; this program needs a StableDiffusion3Pipeline")
-    return index
+    kind = getattr(diffusers, index["_class_name"])
+    if folder != model and only is None:
+        try:
+            folder = kind.download(model, revision=os.path.basename(folder), use_safetensors=True,
+                                   **dict.fromkeys(left_out))
+        except Exception as error:
+            die(f"--model {model}: not to be had from the hub ({first_line(error)})")
+    return folder, kind, {part: names for part, names in index.items() if isinstance(names, list)}
+
+
+def read_json(file):
+    """The object in a JSON file; what is not one ends the program with the file's name."""
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            return json_object(f.read(), file)
+    except (OSError, ValueError) as error:
+        die(f"{file}: cannot be read ({first_line(error)})")
+
+
+def json_object(text, file):
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        die(f"{file}: not JSON ({error})")
+    return found if isinstance(found, dict) else die(f"{file}: not a JSON object")
+
+
+def read_header(file):
+    """({key: dtype}, {name: text}) of a safetensors file; one that is not whole ends the program with its
+    name."""
+    from safetensors import safe_open
+    try:
+        with safe_open(file, "pt") as f:
+            return {key: f.get_slice(key).get_dtype() for key in f.keys()}, f.metadata() or {}
+    except Exception as error:
+        with open(file, "rb") as f:
+            pointer = f.read(40).startswith(b"version https://git-lfs")
+        die(f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned" if pointer else
+            f"{file}: not a whole safetensors file ({first_line(error)})")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ======================================================================================================================
 # 3. What a run reads and leaves behind
 # ======================================================================================================================
+
+def say(message):
+    """A line for the user, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message)
+
 
 def die(message):
     """One clear line for a user's mistake, and exit status 1."""
@@ -595,7 +842,7 @@ def report(kind, error, trace):
     """sys.excepthook: a full disk is no bug, so it gets one line too."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         print(f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
-              "saved before is whole. Make room, then go on with --resume auto", file=sys.stderr)
+              f"saved before is whole. Make room, then {go_on}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -605,15 +852,23 @@ def listing(names, most=4):
 
 
 def parse_args(parser, toy):
-    """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that fit it."""
+    """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
+    fit it. parser.given: the names of what was typed."""
+    global go_on
+    resumes = any("--resume" in action.option_strings for action in parser._actions)
+    go_on = "--resume auto goes on" if resumes else "the same command goes on"
     sys.excepthook = report
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
     parser.epilog = "Without --model, other defaults: " + ", ".join(
         f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in toy.items() if k != "model")
-    if parser.parse_known_args()[0].model is None:
-        here = "" if os.getcwd() == HERE else HERE + "/"
-        place = lambda v: re.sub("(^|=)toy/", rf"\1{here}toy/", v) if isinstance(v, str) else [place(x) for x in v] if isinstance(v, list) else v
-        parser.set_defaults(**{k: place(v) for k, v in toy.items()})
+    nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    typed = vars(parser.parse_known_args(namespace=nothing)[0])
+    parser.given = {name for name, value in typed.items() if value is not None}
+    if "model" not in parser.given:
+        parser.set_defaults(**{name: at_home(value) for name, value in toy.items()})
     args = parser.parse_args()
     for action in parser._actions:
         values, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
@@ -622,9 +877,27 @@ def parse_args(parser, toy):
                 die(f"{action.option_strings[0]} {value}: must be at least {least}")
     if not getattr(args, "ema", 0) < 1:
         die(f"--ema {args.ema}: must be below 1")
+    if getattr(args, "sde", None) == "cps" and args.noise_level > 1:
+        die(f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1")
     if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
         die(f"--track {args.track}: pip install {args.track}")
     return args
+
+
+def at_home(value):
+    """A default of the toy with its files found from any working folder."""
+    if isinstance(value, list):
+        return [at_home(v) for v in value]
+    if not isinstance(value, str) or os.getcwd() == HERE:
+        return value
+    return re.sub("(^|=)toy/", lambda m: f"{m[1]}{HERE}/toy/", value)
+
+
+def refuse_given(parser, flags, reason):
+    """End the program if one of these flags was typed, since it would do nothing."""
+    for flag in flags:
+        if flag in parser.given:
+            die(f"--{flag}: {reason}")
 
 
 class Help(argparse.HelpFormatter):
@@ -644,50 +917,118 @@ class Help(argparse.HelpFormatter):
         return f"{action.metavar or metavar} ..." if action.nargs in ("+", "*") else super()._format_args(action, metavar)
 
 
+def split_options(flag, spec, **options):
+    """"value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
+    value, found = spec, dict(options)
+    while m := re.fullmatch(rf"(.*),({'|'.join(options)})=([^,]*)", value, re.DOTALL) if options else None:
+        if not re.fullmatch(r"\d+\.?\d*|\.\d+", m[3]):
+            die(f"{flag} {spec}: {m[2]} must be a number")
+        value, found[m[2]] = m[1], float(m[3])
+    return value, found
+
+
 def parse_specs(flag, specs, **options):
     """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused with the flag's name."""
     out = {}
     for spec in specs or []:
         name, eq, rest = spec.partition("=")
-        value, *extras = rest.split(",")
-        fields = dict(options, value=value)
-        for extra in extras:
-            key, _, number = extra.partition("=")
-            if key not in options or not re.fullmatch(r"\d+\.?\d*|\.\d+", number):
-                die(f"{flag} {spec}: expected NAME=VALUE{''.join(f'[,{k}=NUMBER]' for k in options)}")
-            fields[key] = float(number)
+        value, fields = split_options(flag, rest, **options)
         if not eq or not value or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-            die(f"{flag} {spec}: expected NAME=VALUE, NAME of letters, digits, - and _")
+            extras = "".join(f"[,{key}=NUMBER]" for key in options)
+            die(f"{flag} {spec}: expected NAME=VALUE{extras}, NAME of letters, digits, - and _")
         if name in out:
             die(f"{flag}: {name} is given twice")
-        out[name] = fields
+        out[name] = {"value": value, **fields}
     if out and "weight" in options and not sum(s["weight"] for s in out.values()):
         die(f"{flag}: all weights are 0")
     return out
 
 
-def load_prompts(name, path):
-    """One task's prompts: [{"prompt": str, ...}]. A .txt file has one prompt a line; a .jsonl file one object a line with a
-    "prompt" and whatever its reward reads (GenEval's metadata files are of this kind). Lines whose "task" is another are skipped."""
-    if not os.path.isfile(path):
-        die(f"--prompts {name}={path}: no such file")
+def load_prompts(task, path):
+    """One task's prompts, [{"prompt": str, ...}], from a file: one a line; .jsonl, an object a line; .json,
+    an array; .csv and .tsv with a header; any of them gzipped (.gz). What stands beside a prompt is for its
+    reward (GenEval's metadata files are of this kind). Rows whose "task" is another are skipped, unless task
+    is None."""
+    prompts = []
+    for place, row in read_rows(path):
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            die(f'{path}: {place} has no "prompt"')
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            die(f"{path}: {place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
+        if task is None or row.get("task", task) == task:
+            prompts.append(row)
+    if not prompts:
+        die(f"{path}: no prompts in it" + (f' for the task "{task}"' if task else ""))
+    return prompts
+
+
+def read_rows(path):
+    """What a prompt file holds, [(where it stands, a text or an object)]."""
+    text = read_text(path)
+    kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
+    if kind in (".csv", ".tsv"):
+        return read_table(text, path, "\t" if kind == ".tsv" else ",")
+    is_json = kind in (".json", ".jsonl")
+    if is_json and text.lstrip().startswith("["):
+        try:
+            return [(f"entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except ValueError as error:
+            die(f"{path}: not JSON ({error})")
     rows = []
-    for number, line in enumerate(open(path, encoding="utf-8"), 1):
-        if not line.strip():
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        line = line.strip()
+        if not line:
             continue
-        row = {"prompt": line.strip()}
-        if path.endswith((".jsonl", ".json")):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                die(f"--prompts {name}={path}: line {number} is not JSON ({error})")
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                die(f'--prompts {name}={path}: line {number} has no "prompt"')
-        if row.get("task", name) == name:
-            rows.append(row)
-    if not rows:
-        die(f"--prompts {name}={path}: no prompts in it" + (f' with "task": "{name}"' if path.endswith(".jsonl") else ""))
+        try:
+            rows.append((f"line {number}", json.loads(line) if is_json else line))
+        except ValueError as error:
+            die(f"{path}: line {number} is not JSON ({error})")
     return rows
+
+
+def read_table(text, path, delimiter):
+    """The rows of a .csv or .tsv file with a header, as read_rows has them; the column of prompts becomes
+    "prompt"."""
+    table, rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
+    try:
+        columns = table.fieldnames or []
+        named = [name for name in columns if name.strip().lower() in ("prompt", "prompts")]
+        if len(named) != 1:
+            die(f"{path}: its header must name one column prompt; it has {listing(columns, 9) or 'none'}")
+        for row in table:
+            place = f"line {table.line_num}"
+            if None in row:
+                die(f"{path}: {place} has more columns than the header; quote what has a {delimiter!r}")
+            row["prompt"] = row.pop(named[0])
+            rows.append((place, {name: value for name, value in row.items() if value is not None}))
+    except csv.Error as error:
+        die(f"{path}: line {table.reader.line_num}: {error}")
+    return rows
+
+
+def read_text(path):
+    """A UTF-8 file's text, also gzipped; another encoding is refused by its name."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        die(f"{path}: no such file")
+    except (OSError, EOFError) as error:
+        die(f"{path}: cannot be read ({first_line(error)})")
+    except UnicodeDecodeError as error:
+        seen = "UTF-16" if b"\0" in data else "cp1252"
+        line = data.count(b"\n", 0, error.start) + 1
+        die(f"{path}: line {line} is not UTF-8, it looks like {seen}; convert it: iconv -f {seen} -t UTF-8")
+    if "\0" in text:
+        die(f"{path}: not UTF-8, it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    return text
 
 
 def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
@@ -708,6 +1049,10 @@ def start_processes(track=None, out=None):
     """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join torchrun's CPU processes: left to
     itself, every one of them would take itself for the only one."""
     from accelerate import Accelerator, InitProcessGroupKwargs
+    for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+        if os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true"):
+            die(f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
+                "accelerate launch --multi_gpu")
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # for one another; one that dies is noticed by torchrun at once
     return Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
 
@@ -742,7 +1087,7 @@ def reduce_sum(tensor):
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
             die(f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends too: one has died, or this GPU is out of "
-                f"memory. The last checkpoint is whole, go on with --resume auto ({str(error).splitlines()[0][:160]})")
+                f"memory. What was saved before is whole, {go_on} ({str(error).splitlines()[0][:160]})")
     return tensor
 
 
@@ -755,7 +1100,9 @@ def update_average(ema, params, decay, update):
 
 
 def write(path, data):
-    """Bytes or text to a file: beside it, onto the disk, then renamed, so that the file is the old or the new one whatever happens."""
+    """Bytes or text to a file: beside it, onto the disk, then renamed, so that the file is the old or the new
+    one whatever happens. A link is followed."""
+    path = os.path.realpath(path)
     with open(path + ".tmp", "wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
         f.flush()
@@ -768,7 +1115,8 @@ def write_json(path, data):
 
 
 def replace_folder(new, final):
-    """Rename a finished folder to its place; what was there goes only then."""
+    """Rename a finished folder to its place; what was there goes only then. A link is followed."""
+    final = os.path.realpath(final)
     shutil.rmtree(final + ".old", ignore_errors=True)
     if os.path.isdir(final):
         os.rename(final, final + ".old")
@@ -777,22 +1125,56 @@ def replace_folder(new, final):
 
 
 def fingerprint(path):
-    """A short hash of what a path holds: a file's bytes, or the names and sizes and small files of a folder."""
+    """What a path holds, in short: of a hub id its revision, of a file or folder a hash of all its bytes; a
+    word that is neither is itself."""
+    place = path
     if not os.path.exists(path):
-        return path  # a hub id
+        m = HUB_PATH.fullmatch(path)
+        if not m:
+            return path
+        place = fetch(m[1], []) + m[2]
+    m = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\](\w+)(.*)", os.path.abspath(place))
+    if m:  # in the hub's cache, by name or by path
+        return f"{m[1].replace('--', '/')}{m[3]}@{m[2]}"
+    files = [path]
+    if os.path.isdir(path):
+        inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
+        files = sorted(filter(os.path.isfile, inside))
     digest = hashlib.sha256()
-    for file in [path] if os.path.isfile(path) else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs):
-        digest.update(os.path.relpath(file, path).encode() + str(os.path.getsize(file)).encode())
-        if os.path.getsize(file) < 2 ** 28:
-            digest.update(open(file, "rb").read())
+    for file in files:
+        digest.update(f"{os.path.relpath(file, path)} {file_hash(file)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def file_hash(file):
+    """SHA-256 of a file. That of a large one is remembered for as long as its size and its times of change
+    are the same."""
+    stat, note = os.stat(file), None
+    if stat.st_size > 2 ** 26:
+        key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
+        note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
+        with contextlib.suppress(OSError), open(note) as f:
+            if len(known := f.read()) == 64:
+                return known
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while part := f.read(2 ** 24):
+            digest.update(part)
+    if note:
+        with contextlib.suppress(OSError):  # a home that cannot be written
+            os.makedirs(cache, exist_ok=True)
+            write(note, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def run_identity(args, processes, files, *free):
     """What makes a run the same run when it is resumed: its flags, except those that only say how long, where and how often, and the
     content of its files {what: path}."""
-    free = {*free, "steps", "out", "resume", "track", "save_every", "keep", "eval_every", "eval_num_steps", "eval_batch_size", "micro_batch_size",
-            "offload_text_encoders", "gradient_checkpointing", "model", "prompts", "eval_prompts", "teachers", "anchor", "init",  # these by content
+    free = {*free, "steps", "out", "resume", "overwrite", "track", "save_every", "keep", "eval_every",
+            "eval_num_steps", "eval_batch_size", "micro_batch_size", "offload_text_encoders",
+            "gradient_checkpointing",
+            "model", "prompts", "eval_prompts", "teachers", "anchor", "init",  # these by content
             "batch_size"}  # by its sum: fewer processes with more prompts each are the same run
     return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {
         "--batch-size x processes": args.batch_size * processes}
@@ -809,33 +1191,102 @@ def save_checkpoint(out, step, model, name, optimizer, identity, keep):
     torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, state)
     write(os.path.join(temporary, "state.pt"), state.getbuffer())
     replace_folder(temporary, final)
-    steps = sorted(d for d in os.listdir(root) if d.isdigit())
+    steps = saved_steps(out)
     for old in [d for d in steps if d > f"{step:06d}"] + [d for d in steps if d <= f"{step:06d}"][:-keep]:
         shutil.rmtree(os.path.join(root, old))
 
 
-def resume_checkpoint(resume, out, model, name, optimizer, identity):
-    """The step to go on from (0 without --resume). A checkpoint of another run is refused, and every difference is spelled out."""
+def saved_steps(out):
+    """The checkpoints in a run's folder, their names in order."""
+    root = os.path.join(out, "checkpoints")
+    return sorted(d for d in os.listdir(root) if d.isdigit()) if os.path.isdir(root) else []
+
+
+def own_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
+    """Make a folder this run's own for as long as it lives, before anything is computed: one that another
+    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is a run in
+    whose folder an older one left checkpoints or a LoRA, but to go on from the last of them. Returns where
+    `init` is to be read: the folder's own LoRA, in whose place the run will write, is kept beside it."""
+    lora, kept = os.path.join(out, "lora"), os.path.join(out, "init")
+    inside = init is not None and os.path.realpath(init) == os.path.realpath(lora)
+    if resume and overwrite:
+        die("--overwrite and --resume: give one of them")
+    if accelerator is None or accelerator.is_main_process:
+        lock_folder(out)
+        steps, goes_on = saved_steps(out), False
+        if resume and steps:
+            last = os.path.join(out, "checkpoints", steps[-1])
+            goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
+        if steps and not goes_on and not overwrite:
+            die(f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
+                "--overwrite deletes what it made, or give another --out")
+        if os.path.exists(lora) and not steps and not inside and not overwrite:
+            die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
+        if inside and not goes_on:
+            shutil.rmtree(kept + ".new", ignore_errors=True)
+            shutil.copytree(lora, kept + ".new")
+            replace_folder(kept + ".new", kept)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return kept if inside else init
+
+
+def clear_folder(out):
+    """Delete the LoRA and the checkpoints in a run's folder; links to their places stay."""
+    for folder in ("lora", *(os.path.join("checkpoints", step) for step in saved_steps(out))):
+        shutil.rmtree(os.path.realpath(os.path.join(out, folder)), ignore_errors=True)
+
+
+def lock_folder(out):
+    """Take a folder's lock, which falls with this process, however it ends."""
+    from filelock import FileLock, Timeout
+    try:
+        os.makedirs(out, exist_ok=True)
+        OWNED.append(FileLock(os.path.join(out, ".lock"), is_singleton=True))
+        OWNED[-1].acquire(timeout=0)
+    except Timeout:
+        die(f"--out {out}: another process is at work there; wait for it, or give another --out")
+    except NotImplementedError:
+        say(f"note: the file system of {out} has no locks, so see to it that no two runs write there")
+    except OSError as error:
+        die(f"--out {out}: cannot be written ({error.strerror})")
+
+
+def resume_checkpoint(resume, out, steps, model, name, optimizer, identity):
+    """The step to go on from (0 without --resume). A checkpoint of another run is refused, and every
+    difference is spelled out; of the run's own checkpoints, one that cannot be read gives way to the one
+    before it."""
     if not resume:
         return 0
-    folder = resume
+    folders = [resume]
     if resume == "auto":
-        root = os.path.join(out, "checkpoints")
-        steps = sorted(d for d in os.listdir(root) if d.isdigit()) if os.path.isdir(root) else []
-        found = reduce_sum(torch.tensor(float(bool(steps)), device=model.device)).item()
+        folders = [os.path.join(out, "checkpoints", step) for step in reversed(saved_steps(out))]
+        found = reduce_sum(torch.tensor(float(bool(folders)), device=model.device)).item()
         if found == 0:
             return 0
         if found != (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1):
             die(f"--out {out}: some machines find checkpoints there and some do not; it must be a folder that all of them share")
-        folder = os.path.join(root, steps[-1])
-    file = os.path.join(folder, "state.pt")
-    if not os.path.exists(file):
-        die(f"--resume {resume}: no checkpoint there (state.pt is missing)")
-    state = torch.load(file, weights_only=True, map_location="cpu")
+    state = None
+    for folder in folders:
+        file = os.path.join(folder, "state.pt")
+        if not os.path.exists(file):
+            problem = "no checkpoint there (state.pt is missing)"
+        else:
+            try:
+                state = torch.load(file, weights_only=True, map_location="cpu")
+                break
+            except Exception as error:
+                problem = f"not a whole checkpoint ({first_line(error)})"
+        if resume == "auto":
+            say(f"note: {folder}: {problem}")
+    if state is None:
+        die(f"--resume {resume}: {problem}")
     changed = [f"{k} was {state['identity'].get(k)!r}, now {identity.get(k)!r}" for k in sorted(identity.keys() | state["identity"].keys())
                if state["identity"].get(k) != identity.get(k)]
     if changed:
         die(f"--resume {resume}: {folder} is of another run: " + "; ".join(changed))
+    if state["step"] > steps:
+        die(f"--steps {steps}: {folder} has made {state['step']} already")
     with torch.no_grad():
         for adapter, tensors in state["weights"].items():
             for (n, kind), p in model.weights(adapter).items():
@@ -845,16 +1296,14 @@ def resume_checkpoint(resume, out, model, name, optimizer, identity):
 
 
 def start_run(out, start, args):
-    """The run's folder, made ready by the first process: returns the open log. A resumed run forgets what was logged after its
-    checkpoint; a new one in a used folder moves the old checkpoints to checkpoints.previous."""
-    os.makedirs(out, exist_ok=True)
-    log, checkpoints = os.path.join(out, "log.jsonl"), os.path.join(out, "checkpoints")
+    """The log of a run, opened by the first process. A resumed run forgets what was logged after its
+    checkpoint; a new one deletes what --overwrite gives up."""
+    log = os.path.join(out, "log.jsonl")
     made = lambda row: row["step"] < start or row["step"] == start and "seconds" in row  # a validation of the checkpoint is made again
     write(log, "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line))) if start and os.path.exists(log) else "")
+    if args.overwrite:
+        clear_folder(out)
     if not start:
-        if os.path.isdir(checkpoints):
-            shutil.rmtree(checkpoints + ".previous", ignore_errors=True)
-            os.rename(checkpoints, checkpoints + ".previous")
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out, "results.json"))
     write_json(os.path.join(out, "args.json"), vars(args))
@@ -952,7 +1401,11 @@ def save_grid(path, rows, captions, cell=96):
     for r, (label, images) in enumerate(rows.items()):
         pen.text((4, top + r * (side + gap) + side // 2 - 6), label, fill="black", font=font)
         for i, image in enumerate(images):
+            corner = (left + i * (side + gap), top + r * (side + gap))
+            if not image.isfinite().all():
+                pen.text(corner, "not finite", fill="black", font=font)
+                continue
             pixels = (image.movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
             resample = Image.Resampling.NEAREST if side > pixels.shape[0] else Image.Resampling.LANCZOS
-            canvas.paste(Image.fromarray(pixels).resize((side, side), resample), (left + i * (side + gap), top + r * (side + gap)))
+            canvas.paste(Image.fromarray(pixels).resize((side, side), resample), corner)
     canvas.save(path)

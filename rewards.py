@@ -1215,6 +1215,8 @@ def score_batch(images, batch, rewards, tasks):
         if not rows:
             continue
         metadata = [batch[i][1] for i in rows]
+        if not images[rows].isfinite().all():
+            raise RewardError(f"{name}: a picture is not finite, for {metadata[0]['prompt']!r} or one beside it")
         try:
             values = reward.function(images[rows], [row["prompt"] for row in metadata], metadata)
         except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score

@@ -3,31 +3,38 @@
     python sample.py                                                                      # the toy base, a prompt of each task
     python sample.py --lora out/distill/lora --prompt "two red circles and one blue square" --num-images 8
     python sample.py --model stabilityai/stable-diffusion-3.5-medium --lora out/distill/lora --prompt "a red fox"
+    torchrun --nproc_per_node=8 sample.py --model stabilityai/stable-diffusion-3.5-medium --prompts many.txt
 
 The sampler is the deterministic one (noise 0), the same as the diffusers pipeline's; --noise-level makes it the flow-SDE.
+Every batch is written when it is made, and the same command goes on where it was stopped.
 """
 
 import argparse
+import json
 import os
+import re
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from flow_sde import SD3, die, generators, load_prompts, parse_args, save_grid, write_json
+from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, own_folder,
+                      parse_args, parse_specs, save_grid, start_processes, write, write_json)
+from rewards import encoded, pil, read_picture
 
-TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32, prompt=[
-    "two red circles and one blue square", 'a yellow sign saying "HAT"', "a red house and two pines on snow at night"])
+TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32)
+EXAMPLES = ["two red circles and one blue square", 'a yellow sign saying "HAT"',
+            "a red house and two pines on snow at night"]  # of the toy
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id; without it, the embedded toy with settings that fit it")
 add("--lora", help="a LoRA in PEFT or diffusers layout")
 add("--prompt", nargs="+", metavar="TEXT", help="what to draw")
-add("--prompts", metavar="FILE", help="more prompts (.txt or .jsonl)")
+add("--prompts", nargs="+", metavar="[TASK=]FILE", help="more prompts; of TASK=FILE only the task's lines")
 add("--num-images", type=int, default=4, help="pictures per prompt")
 add("--out", default="out/samples", help="folder for the PNGs, grid.png and samples.json")
+add("--overwrite", action="store_true", help="replace other pictures in --out")
 add("--merge", metavar="DIR", help="also write a stand-alone diffusers pipeline with the LoRA merged into its weights")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, default=512, help="pixels")
@@ -43,32 +50,83 @@ add("--offload-text-encoders", action="store_true", help="keep them in the CPU's
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
 
-texts = (args.prompt or []) + ([row["prompt"] for row in load_prompts("prompts", args.prompts)] if args.prompts else [])
-if not texts:
+# -- what to draw, checked before anything slow ------------------------------------------------------------
+texts = list(args.prompt or ())
+for spec in args.prompts or ():
+    if os.path.isfile(spec) or "=" not in spec:
+        rows = load_prompts(None, spec)
+    else:
+        [(task, file)] = parse_specs("--prompts", [spec]).items()
+        rows = load_prompts(task, file["value"])
+    texts += [row["prompt"] for row in rows]
+if not texts and "model" in parser.given:
     die("nothing to draw: give --prompt TEXT or --prompts FILE")
-if args.merge and (not args.lora or args.no_t5 or os.path.exists(args.merge)):
-    die(f"--merge {args.merge}: " + ("that exists already" if os.path.exists(args.merge) else "needs --lora, and no --no-t5: it is a whole pipeline"))
-model = SD3(args.model, getattr(torch, args.dtype), PartialState().device, not args.no_t5, args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
-model.latent_shape(args.resolution)
-if args.lora:
-    model.load_adapter("lora", args.lora)
+texts = texts or EXAMPLES
+if args.merge and os.path.exists(args.merge):
+    die(f"--merge {args.merge}: that exists already")
+if args.merge and (not args.lora or args.no_t5):
+    die(f"--merge {args.merge}: needs --lora, and no --no-t5: it is a whole pipeline")
+accelerator = start_processes()
+rank, world = accelerator.process_index, accelerator.num_processes
+own_folder(args.out, accelerator)
 
+# -- what is there already ---------------------------------------------------------------------------------
 jobs = [(text, k) for text in texts for k in range(args.num_images)]
-images = []
-for i in tqdm(range(0, len(jobs), args.batch_size), unit="batch"):
-    part = jobs[i:i + args.batch_size]
-    images.append(model.generate([text for text, _ in part], generators(args.seed, 0, range(i, i + len(part))), args.num_steps, args.resolution,
-                                 "lora" if args.lora else "base", args.guidance, args.noise_level, args.sde).cpu())
-images = torch.cat(images)
-os.makedirs(args.out, exist_ok=True)
-files = [f"{i:05d}.png" for i in range(len(jobs))]
-for file, image in zip(files, images):
-    Image.fromarray((image.movedim(0, -1).numpy() * 255).round().astype("uint8")).save(os.path.join(args.out, file))
-pictures = [{"file": file, "prompt": text, "index": k} for file, (text, k) in zip(files, jobs)]
-write_json(os.path.join(args.out, "samples.json"), {"args": vars(args), "pictures": pictures})
-columns = images.unflatten(0, (len(texts), args.num_images))[:16]  # one column a prompt
-save_grid(os.path.join(args.out, "grid.png"), {f"{k}": columns[:, k] for k in range(min(8, args.num_images))}, texts[:16])
-if args.merge:
-    model.save_pipeline(args.merge, "lora")
-    print(f"stand-alone pipeline: {args.merge}")
-print(f"{len(jobs)} pictures, grid.png and samples.json in {args.out}")
+files = [os.path.join(args.out, f"{i:05d}.png") for i in range(len(jobs))]
+settings = {"model": fingerprint(args.model), "LoRA": args.lora and fingerprint(args.lora), "prompts": texts}
+for name in ("num_images", "resolution", "num_steps", "guidance", "sde", "noise_level", "dtype", "no_t5",
+             "max_sequence_length", "seed"):
+    settings[name] = getattr(args, name)
+about, before, others = os.path.join(args.out, "samples.json"), {}, []
+if os.path.exists(about):
+    before = json.load(open(about)).get("settings", {})
+if before != settings:
+    others = [file for file in os.listdir(args.out) if re.fullmatch(r"\d{5,}\.png", file)]
+if others and not args.overwrite:
+    changed = ", ".join(name for name in settings if before.get(name) != settings[name])
+    die(f"--out {args.out}: other pictures are there (not the same {changed}); --overwrite replaces them, or "
+        "give another --out")
+batches = []  # this process's, of those that are not whole
+for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
+    batch = range(start, min(start + args.batch_size, len(jobs)))
+    if others or not all(os.path.exists(files[i]) for i in batch):
+        batches.append(batch)
+
+# -- draw --------------------------------------------------------------------------------------------------
+if batches or args.merge:
+    model = SD3(args.model, getattr(torch, args.dtype), accelerator.device, not args.no_t5,
+                args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
+    model.latent_shape(args.resolution)
+    if args.lora:
+        model.load_adapter("lora", args.lora)
+    model.note_long(texts)
+accelerator.wait_for_everyone()  # all have read what is there, and nothing was refused, before anyone writes
+if rank == 0:
+    for file in others:
+        os.remove(os.path.join(args.out, file))
+    pictures = [{"file": os.path.basename(file), "prompt": text, "index": k}
+                for file, (text, k) in zip(files, jobs)]
+    write_json(about, {"args": vars(args), "settings": settings, "pictures": pictures})
+accelerator.wait_for_everyone()
+stop = StopSignal()
+for batch in tqdm(batches, unit="batch", disable=rank != 0):
+    if stop.name:
+        break
+    drawn = model.generate([jobs[i][0] for i in batch], generators(args.seed, 0, batch), args.num_steps,
+                           args.resolution, "lora" if args.lora else "base", args.guidance, args.noise_level,
+                           args.sde)
+    for i, picture in zip(batch, pil(drawn)):
+        write(files[i], encoded(picture))
+if stop.arrived(accelerator.device):
+    end_processes(accelerator, f"stopped; the same command goes on from what lies in {args.out}")
+accelerator.wait_for_everyone()
+if rank == 0:
+    shown = {}
+    for k in range(min(8, args.num_images)):  # a row for each; one column a prompt
+        shown[f"{k}"] = [read_picture(files[i * args.num_images + k]) for i in range(min(16, len(texts)))]
+    save_grid(os.path.join(args.out, "grid.png"), shown, texts[:16])
+    if args.merge:
+        model.save_pipeline(args.merge, "lora")
+        print(f"stand-alone pipeline: {args.merge}")
+    print(f"{len(jobs)} pictures, grid.png and samples.json in {args.out}")
+end_processes(accelerator)

@@ -21,9 +21,11 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes, generators, kl, load_prompts, log_prob, parse_args,
-                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, resume_checkpoint, rollout, run_identity,
-                      save_checkpoint, save_grid, save_lora, sigma_schedule, start_processes, start_run, transition, update_average, write_json)
+from flow_sde import (SD3, StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes,
+                      generators, kl, load_prompts, log_prob, own_folder, parse_args, parse_specs,
+                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, refuse_given,
+                      resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid, save_lora,
+                      start_processes, start_run, transition, update_average, write_json)
 from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
@@ -37,7 +39,8 @@ add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
 add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one reward; several: a mix, and the GRPO-Mix baseline (python rewards.py: the list)")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
-add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="training prompts (.txt or .jsonl)")
+add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]",
+    help="training prompts (.txt, .jsonl, .json, .csv, .tsv)")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: the LoRA that scores best on them is kept")
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")
@@ -80,6 +83,7 @@ add("--eval-batch-size", type=int, default=8, help="pictures per forward of a va
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 
@@ -107,32 +111,37 @@ if args.num_steps < 2:
     die("--num-steps 1: the last step is not trained, so there must be at least 2")
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive; without noise there is nothing to reinforce")
+if args.init:
+    refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 
 # -- devices and models ---------------------------------------------------------------------------------------------------
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+init = own_folder(args.out, accelerator, args.resume, args.overwrite, args.init)
 model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
             args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
+model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
 check_rewards(rewards, prompts, args.resolution, device)
 check_rewards(rewards, eval_prompts, args.resolution, device, prompts)
-if args.init:
-    model.load_adapter("teacher", args.init)
+if init:
+    model.load_adapter("teacher", init)
 else:
     model.new_adapter("teacher", args.rank, args.alpha, args.seed)
 model.copy_adapter("teacher", "ema")
 params, ema = model.train_adapter("teacher"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
-sigmas = sigma_schedule(args.num_steps, model.shift)
+sigmas = model.sigmas(args.num_steps, args.resolution)
 if rank == 0:
     print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
-files = {"base": args.model, "init": args.init, **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
+files = {"base": args.model, "init": init,
+         **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
          **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
 identity = run_identity(args, world, files, "reward", "reward_option") | {
     "eval_num_steps": args.eval_num_steps, **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()},
     **{f"reward {name}": [re.sub('://[^/"]+', "://", r.identity), r.weight, r.task] for name, r in rewards.items()}}  # a server may move
-start = resume_checkpoint(args.resume, args.out, model, "teacher", optimizer, identity)
+start = resume_checkpoint(args.resume, args.out, args.steps, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
     accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})

@@ -24,6 +24,9 @@ def run(script, *argv):
         if end.code:
             raise
     finally:
+        import flow_sde
+        for lock in flow_sde.OWNED:
+            lock.release(force=True)  # as the end of a process does
         sys.argv = old[0]
         os.chdir(old[1])
         signal.signal(signal.SIGINT, old[2][0]), signal.signal(signal.SIGTERM, old[2][1])
@@ -36,6 +39,20 @@ def refused(script, *argv):
     message = str(caught.value.code)
     assert "\n" not in message and message.startswith(script), message
     return message
+
+
+def sigma_schedule(num_steps, shift=3.0):
+    """The num_steps + 1 sigmas that diffusers' scheduler visits, as floats."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    return scheduler.sigmas.tolist()
+
+
+def lora_of(path, base=os.path.join(ROOT, "toy/base")):
+    """A LoRA for that base as {module: (A, B, alpha)}."""
+    from flow_sde import read_lora, skeleton
+    return read_lora(str(path), *skeleton(str(base)))
 
 
 def random_lora(folder, seed, rank=4, alpha=8, size=0.2):

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import TASKS, distill, few, read_log, run, table
+from conftest import TASKS, distill, few, lora_of, read_log, run, sigma_schedule, table
 from safetensors.torch import load_file
 
-from flow_sde import generators, kl, pick_prompts, randn, rollout, sigma_schedule, transition
+from flow_sde import generators, kl, pick_prompts, randn, rollout, transition
 
 
 @pytest.fixture
@@ -203,14 +203,17 @@ def test_what_a_run_leaves_behind(loras, tmp_path):
     assert merged["model"].lora("student").keys() == merged["model"].lora("ocr").keys()
 
 
-def test_a_broken_teacher_stops_the_run_with_its_name(loras, tmp_path):
-    from flow_sde import read_lora, save_lora
-    broken, _ = read_lora(loras["ocr"])
-    A, B, alpha = broken[next(iter(broken))]
-    save_lora(broken | {next(iter(broken)): (A * float("nan"), B, alpha)}, tmp_path / "broken")
+def test_what_is_broken_stops_the_run_with_its_name(loras, tmp_path):
+    """LoRAs of finite numbers under which the network overflows: a teacher, the anchor, the student's
+    start."""
+    from flow_sde import save_lora
+    huge = {n: (A * 1e20, B * 1e20, alpha) for n, (A, B, alpha) in lora_of(loras["ocr"]).items()}
+    save_lora(huge, tmp_path / "huge")
     distill(loras, str(tmp_path / "run"), steps=1, save_every=1)
-    with pytest.raises(SystemExit, match="step 1: the loss on ocr is not finite"):
-        distill(loras, str(tmp_path / "run"), steps=3, teachers=[f"{t}={tmp_path / 'broken' if t == 'ocr' else loras[t]}" for t in TASKS])
-    for kept in ("checkpoints.previous/000001/lora", "lora"):  # what was there before is whole, and nothing broken was written
-        assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / kept / "adapter_model.safetensors").values())
-    assert not os.path.exists(tmp_path / "run/checkpoints")
+    teachers = [f"{t}={tmp_path / 'huge' if t == 'ocr' else loras[t]}" for t in TASKS]
+    huge = tmp_path / "huge"
+    for changes, broken in (({"teachers": teachers}, "the teacher of ocr"), ({"anchor": huge}, "the anchor"),
+                            ({"init": huge}, "the student")):
+        with pytest.raises(SystemExit, match=f"step 1: {broken} is not finite"):
+            distill(loras, str(tmp_path / broken), steps=3, **changes)
+        assert not {"checkpoints", "lora"} & set(os.listdir(tmp_path / broken))

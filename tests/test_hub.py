@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, hub_pipeline, hub_teacher, read_log, refused, run
+from conftest import ROOT, hub_pipeline, hub_teacher, lora_of, read_log, refused, run
 from PIL import Image
 
 from flow_sde import SD3, generators, randn
@@ -63,8 +63,8 @@ def test_every_stage(hub, tmp_path):
 def test_the_student_in_plain_diffusers_and_alone_gives_the_same_picture(layout, hub, tmp_path):
     """alpha is twice the rank: a scale lost on the way would show."""
     from diffusers import StableDiffusion3Pipeline
-    from flow_sde import read_lora, save_lora
-    save_lora(read_lora(hub[layout])[0], tmp_path / "student")
+    from flow_sde import save_lora
+    save_lora(lora_of(hub[layout], hub["base"]), tmp_path / "student")
     draw = ["--resolution", 64, "--num-steps", 4, "--num-images", 1, "--prompt", "a cup", "--dtype", "float32"]
     run("sample.py", "--model", hub["base"], *draw, "--lora", tmp_path / "student", "--merge", f"{tmp_path}/alone/", "--out", tmp_path / "a")
     run("sample.py", "--model", tmp_path / "alone", *draw, "--out", tmp_path / "b")
@@ -190,10 +190,145 @@ def test_hub_ids(hub, tmp_path):
 
 
 def test_alpha_patterns_are_regular_expressions_as_in_peft(hub, tmp_path):
-    from flow_sde import read_lora
     shutil.copytree(hub["peft"], tmp_path / "lora")
     file = tmp_path / "lora/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {r"transformer_blocks\.0\..*": 8, "attn.to_k": 4}}))
-    alphas = {n: alpha for n, (_, _, alpha) in read_lora(str(tmp_path / "lora"))[0].items()}
+    alphas = {n: alpha for n, (_, _, alpha) in lora_of(tmp_path / "lora", hub["base"]).items()}
     expected = {n: 8 if n.startswith("transformer_blocks.0.") else 4 if n.endswith("attn.to_k") else 64 for n in alphas}
     assert alphas == expected and set(alphas.values()) == {8, 4, 64}
+
+
+def changed(folder, part, change=None, config=None):
+    """Another `part` in a pipeline's folder: its tensors after `change`, or other values in its
+    config.json."""
+    from safetensors.torch import load_file, save_file
+    name = "model.safetensors" if "encoder" in part else "diffusion_pytorch_model.safetensors"
+    file = os.path.join(folder, part, name)
+    if change:
+        save_file(change(load_file(file)), file, {"format": "pt"})
+    if config:
+        path = os.path.join(folder, part, "config.json")
+        settings = json.load(open(path)) | config
+        open(path, "w").write(json.dumps(settings))
+
+
+def before(prefix):
+    return lambda tensors: {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def without(text):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if text not in key}
+
+
+def only(name, change):
+    return lambda tensors: {key: change(tensor) if key == name else tensor for key, tensor in tensors.items()}
+
+
+NAN, FC1 = float("nan"), "text_model.encoder.layers.1.mlp.fc1.bias"
+FAULTS = {  # part: [(what, change of its tensors, change of its config, the line)]
+    "text_encoder": [
+        ("wrapped", before("module."), None, "its keys begin with 'module.'"),
+        ("cut", without("layers.1.mlp.fc1"), None, "missing are " + FC1),
+        ("more", lambda tensors: tensors | {"nonsense": torch.zeros(1)}, None, "unexpected are nonsense"),
+        ("shape", only(FC1, lambda bias: bias[:5]), None, "of another shape are " + FC1),
+        ("quantised", None, {"quantization_config": {"quant_method": "torchao"}}, "a quantised network")],
+    "transformer": [
+        ("compiled", before("_orig_mod."), None, "its keys begin with '_orig_mod.'"),
+        ("prefixed", before("transformer."), None, "its keys begin with 'transformer.'"),
+        ("lost norm", without("norm_q"), None, "missing are transformer_blocks.0.attn.norm_q.weight"),
+        ("extra norm", None, {"qk_norm": None}, "unexpected are transformer_blocks.0.attn.norm_added_k"),
+        ("shape", only("transformer_blocks.0.attn.to_q.weight", lambda weight: weight[:5]), None,
+         "transformer_blocks.0.attn.to_q.weight expected shape"),
+        ("float8", only("proj_out.weight", lambda weight: weight.to(torch.float8_e4m3fn)), None,
+         "proj_out.weight is F8_E4M3: a quantised network"),
+        ("nan", only("proj_out.bias", lambda bias: bias * NAN), None, "proj_out.bias has values that are"),
+        ("large", only("proj_out.bias", lambda bias: bias.float() + 7e4), None, "not finite (as float16)")],
+    "vae": [("nan", only("decoder.conv_in.bias", lambda bias: bias * NAN), None, "decoder.conv_in.bias has")]}
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_a_base_that_is_not_what_its_files_say_is_refused(part, hub, tmp_path):
+    """No weight is drawn at random or left out without a word; nor where the transformer is a teacher's."""
+    for what, change, config, message in FAULTS[part]:
+        folder = shutil.copytree(hub["base"], tmp_path / what)
+        changed(folder, part, change, config)
+        with pytest.raises(SystemExit) as caught:
+            SD3(str(folder), torch.float16 if what == "large" else torch.float32)
+        said = str(caught.value)
+        assert message in said and f"/{part}" in said and "\n" not in said, (what, said)
+    if part == "transformer":
+        model = SD3(hub["base"])
+        with pytest.raises(SystemExit, match="its keys begin with '_orig_mod.'"):
+            model.load_teacher("x", str(tmp_path / "compiled"))
+
+
+def test_parts_that_are_not_whole_are_refused(hub, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    cut, link = "not a whole safetensors file", "only a Git LFS pointer"
+    for part, name in (("transformer", "diffusion_pytorch_model.safetensors"),
+                       ("text_encoder_3", "model-00001-of-00003.safetensors")):
+        folder = shutil.copytree(hub["base"], tmp_path / part)
+        file = folder / part / name
+        whole = file.read_bytes()
+        for data, message in ((whole[:len(whole) // 2], cut), (b"", cut), (pointer, link), (None, "")):
+            file.unlink()
+            if data is not None:
+                file.write_bytes(data)
+            with pytest.raises(SystemExit) as caught:
+                SD3(str(folder))
+            said = str(caught.value)
+            assert message in said and part in said and "\n" not in said
+            file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("part, lost", [("tokenizer", ["vocab.json", "merges.txt"]),
+                                        ("tokenizer_3", ["tokenizer.json"])])
+def test_a_tokenizer_without_its_vocabulary_is_refused(part, lost, hub, tmp_path):
+    folder = shutil.copytree(hub["base"], tmp_path / "base")
+    for file in lost:
+        os.remove(folder / part / file)
+    with pytest.raises(SystemExit, match=f"{part} has no whole vocabulary"):
+        SD3(str(folder))
+
+
+def test_content_decides_what_a_fine_tune_is(hub, tmp_path, monkeypatch):
+    """A file of 300 MB whose bytes change in place, and an evaluation of a fine-tune that did."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from flow_sde import fingerprint
+    large = tmp_path / "large.safetensors"
+    with open(large, "wb") as f:
+        f.truncate(300_000_000)
+    seen = []
+    for byte in (b"\0", b"\1", b"\1"):
+        times = os.stat(large)
+        with open(large, "r+b") as f:
+            f.seek(299_000_000)
+            f.write(byte)
+        os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))
+        seen.append(fingerprint(str(large)))
+    assert seen[0] != seen[1] == seen[2] and len(os.listdir(tmp_path / "cache/flow-opd")) == 3
+    fine = shutil.copytree(hub["full"], tmp_path / "full")
+    evaluate = ["evaluate.py", "--model", hub["base"], "--models", f"x={fine}", "--prompts",
+                f"counts={hub['tagged']}", "--reward", "jpeg", "--resolution", 64, "--eval-num-steps", 1,
+                "--out", tmp_path / "table"]
+    run(*evaluate)
+    changed(fine, "", lambda t: {k: v * 1.01 for k, v in t.items()})
+    assert "LoRA was" in refused(*evaluate)
+
+
+def test_a_hub_id_is_pinned_to_its_revision(tmp_path, monkeypatch):
+    """By name, by a folder in it and by its path in the cache."""
+    from flow_sde import REVISIONS, fingerprint
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some--one"
+    (repo / "refs").mkdir(parents=True)
+    for revision in ("0" * 40, "1" * 40):
+        place = repo / "snapshots" / revision / "deep"
+        place.mkdir(parents=True)
+        (repo / "refs/main").write_text(revision)
+        assert fingerprint("some/one") == f"some/one@{revision}"
+        (repo / "refs/main").write_text("2" * 40)  # what others push while this process runs is not seen
+        assert fingerprint("some/one/deep") == fingerprint(str(place)) == f"some/one/deep@{revision}"
+        REVISIONS.clear()
+    assert fingerprint("merge") == "merge"

@@ -1,14 +1,24 @@
 """The other scripts, by command line: every stage runs, every choice of every flag, and a user's mistake gets one clear line."""
 
+import argparse
+import gzip
+import io
 import json
+import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TASKS, few, read_log, refused, run
+from conftest import ROOT, TASKS, few, lora_of, read_log, refused, run
 from safetensors.torch import load_file
+
+import flow_sde
+from flow_sde import save_lora
 
 QUICK = ["--batch-size", 3, "--num-steps", 4, "--steps", 2, "--eval-num-steps", 2]
 
@@ -135,7 +145,6 @@ def test_evaluate_does_not_depend_on_the_batch(loras, tmp_path):
 
 
 def test_ctrl_c_saves_and_resumes(tmp_path):
-    import signal
     import time
     argv = [sys.executable, "cold_start.py", "sft", "--batch-size", "3", "--num-steps", "3", "--steps", "5000", "--out", str(tmp_path)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -190,3 +199,216 @@ def test_mistakes_get_one_clear_line(loras, tmp_path):
     ]
     for (script, *argv), message in cases:
         assert message in refused(script, *argv, "--out", tmp_path / "out"), argv
+
+
+PROMPTS = ["a red fox, in snow", 'a sign saying "ÄÖ"', "the third"]
+
+
+def table_of(delimiter, header, rows):
+    import csv
+    import io
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows([header, *rows])
+    return out.getvalue()
+
+
+FILES = ("lines.txt", "lines.txt.gz", "rows.JSONL", "rows.jsonl", "array.json", "DrawBench.csv",
+         "PartiPrompts.tsv", "tasks.csv.gz")
+ROWS = [{"prompt": p} for p in PROMPTS]
+PARTI = ["Prompt", "Category", "Challenge", "Note"]
+TASKED = table_of(",", ["task", "prompt"], [["ocr", p] for p in PROMPTS] + [["other", "no"]])
+
+
+@pytest.mark.parametrize("name, data", [
+    ("lines.txt", "\ufeff" + "\r\n".join(PROMPTS) + "\r\n"),
+    ("lines.txt.gz", gzip.compress("\n".join(PROMPTS).encode())),
+    ("rows.JSONL", "\n".join(map(json.dumps, ROWS))),
+    ("rows.jsonl", "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+    ("array.json", json.dumps([PROMPTS[0], ROWS[1], ROWS[2] | {"task": "ocr"}], indent=2)),
+    ("DrawBench.csv", table_of(",", ["Prompts", "Category"], [[p, "Colors"] for p in PROMPTS])),
+    ("PartiPrompts.tsv", table_of("\t", PARTI, [[p, "Animals", "Basic", ""] for p in PROMPTS])),
+    ("tasks.csv.gz", gzip.compress(TASKED.encode()))], ids=lambda value: value if value in FILES else "")
+def test_one_reader_of_prompts(name, data, tmp_path):
+    from flow_sde import load_prompts
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    assert [row["prompt"] for row in load_prompts("ocr", str(tmp_path / name))] == PROMPTS
+    row = load_prompts("ocr", str(tmp_path / name))[0]
+    assert row.get("Category") == {"DrawBench.csv": "Colors", "PartiPrompts.tsv": "Animals"}.get(name)
+    everything = [row["prompt"] for row in load_prompts(None, str(tmp_path / name))]
+    assert everything == PROMPTS + (["no"] if "tasks" in name else [])
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("x.txt", "a fox\n".encode("utf-16"), "looks like UTF-16"),
+    ("x.txt", "a fox\n".encode("utf-16-le"), "looks like UTF-16"),
+    ("x.txt", "a fox\na caf\u00e9\n".encode("cp1252"), "line 2 is not UTF-8, it looks like cp1252"),
+    ("x.txt.gz", gzip.compress(b"a fox\n" * 99)[:-9], "cannot be read"),
+    ("x.jsonl", b'{"prompt": "a fox"}\n{"prompt": "half \\ud83d a face"}\n', "line 2 holds half a character"),
+    ("x.jsonl", b'{"prompt": "  "}\n', 'line 1 has no "prompt"'),
+    ("x.json", b'["a fox", 3]', 'entry 2 has no "prompt"'), ("x.json", b'["a fox",', "not JSON"),
+    ("x.csv", b"text,n\na fox,1\n", "must name one column prompt; it has text, n"),
+    ("x.csv", b"", "must name one column prompt"),
+    ("x.csv", b"prompt,n\na fox, in snow,1\n", "line 2 has more columns than the header"),
+    ("x.csv", b"n,prompt\n1\n", 'line 2 has no "prompt"'),
+    ("x.tsv", b'prompt\tn\n"Hi" on a sign\t1\n', "line 2: '\t' expected after '\"'"),
+    ("x.jsonl", b'{"prompt": "a fox", "task": "other"}\n', 'no prompts in it for the task "ocr"')],
+    ids=lambda value: "" if isinstance(value, bytes) else None)
+def test_prompt_files_that_are_not_what_they_seem(name, data, message, tmp_path):
+    from flow_sde import load_prompts
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SystemExit) as caught:
+        load_prompts("ocr", str(tmp_path / name))
+    assert message in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_longer_than_the_encoders_read_are_counted(capsys):
+    from flow_sde import SD3
+    model = SD3(os.path.join(ROOT, "toy/base"))
+    fits, long = "two red circles and one blue square", "two red circles and one blue square " * 3
+    model.note_long([fits, long, long, long + "too"])
+    said = ", ".join(f"2 are longer than text_encoder{i} reads (12 tokens)" for i in ("", "_2", "_3"))
+    assert capsys.readouterr().out == f"note: of 3 prompts {said}; the rest of them is not seen there\n"
+    model.note_long([fits])
+    assert not capsys.readouterr().out
+
+
+def sampled(out):
+    return [p["prompt"] for p in json.load(open(os.path.join(out, "samples.json")))["pictures"]]
+
+
+def test_sample_takes_the_prompts_that_distill_takes(tmp_path):
+    rows = [json.dumps({"task": task, "prompt": f"{task} sign"}) for task in ("ocr", "scene")]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    (tmp_path / "more.txt").write_text("one tree\n")
+    (tmp_path / "o=dd.txt").write_text("odd\n")
+    quick = ["--num-images", 1, "--num-steps", 1]
+    run("sample.py", "--prompts", tmp_path / "all.jsonl", *quick, "--out", tmp_path / "a")
+    assert sampled(tmp_path / "a") == ["ocr sign", "scene sign"]
+    run("sample.py", "--prompt", "first", "--prompts", f"scene={tmp_path}/all.jsonl", tmp_path / "more.txt",
+        tmp_path / "o=dd.txt", *quick, "--out", tmp_path / "b")
+    assert sampled(tmp_path / "b") == ["first", "scene sign", "one tree", "odd"]
+    assert "nothing to draw" in refused("sample.py", "--model", "toy/base", "--out", tmp_path / "c")
+
+
+def test_sample_goes_on_where_it_was(tmp_path, monkeypatch):
+    from flow_sde import SD3
+    argv = ["sample.py", "--num-images", 4, "--num-steps", 2, "--batch-size", 3, "--out"]
+    run(*argv, tmp_path / "whole")
+    generate, calls = SD3.generate, []
+
+    def spy(model, prompts, *rest, **options):
+        calls.append(prompts)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+        return generate(model, prompts, *rest, **options)
+    monkeypatch.setattr(SD3, "generate", spy)
+    assert "stopped; the same command goes on" in refused(*argv, tmp_path / "cut")
+    kept = {f: os.stat(tmp_path / "cut" / f).st_mtime_ns for f in os.listdir(tmp_path / "cut") if f[0] == "0"}
+    assert len(kept) == 6  # two batches of three: each was written when it was made
+    calls[:] = []
+    monkeypatch.setattr(SD3, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    run(*argv, tmp_path / "cut")
+    assert len(calls) == 2 and all(os.stat(tmp_path / "cut" / f).st_mtime_ns == t for f, t in kept.items())
+    for file in [f"{i:05d}.png" for i in range(12)] + ["grid.png"]:
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    other = [tmp_path / "cut", "--seed", 1, "--prompt", "x"]
+    assert "other pictures are there (not the same prompts, seed)" in refused(*argv, *other)
+    run(*argv, *other, "--overwrite")
+    assert sorted(os.listdir(tmp_path / "cut"))[1:5] == [f"{i:05d}.png" for i in range(4)]
+    assert not os.path.exists(tmp_path / "cut/00004.png")
+
+
+def test_pictures_that_are_not_finite_are_not_made(loras, tmp_path):
+    """A LoRA of finite numbers under which the network overflows."""
+    lora = lora_of(loras["ocr"])
+    save_lora({n: (A * 1e20, B * 1e20, alpha) for n, (A, B, alpha) in lora.items()}, tmp_path / "huge")
+    said = refused("sample.py", "--lora", tmp_path / "huge", "--num-steps", 2, "--out", tmp_path / "samples")
+    assert f"lora ({tmp_path}/huge) draws a picture that is not finite" in said
+    assert not [f for f in os.listdir(tmp_path / "samples") if f.endswith(".png")]
+    argv = ["--models", f"huge={tmp_path}/huge", "base", "--prompts", *few("test", 2, tmp_path)[:1],
+            "--reward", "toy.compose", "jpeg", "--samples-per-prompt", 2, "--eval-num-steps", 2,
+            "--out", tmp_path / "table"]
+    said = refused("evaluate.py", *argv)
+    assert "scores are missing (huge: 2 of diversity, huge: 4 of compose, huge: 4 of jpeg)" in said
+    base, huge = json.load(open(tmp_path / "table/results.json"))
+    assert base["missing"] == {} and huge["scores"] == {}
+    assert not os.listdir(tmp_path / "table/huge/compose/samples")
+
+
+def test_flags_that_would_do_nothing_are_refused(loras, tmp_path):
+    ocr = ["--teachers", f"ocr={loras['ocr']}", "--prompts", "ocr=toy/prompts/ocr_val.txt"]
+    for argv, message in ((["distill.py", "--init", "merge", "--rank", 8], "--rank: --init merge has"),
+                          (["distill.py", "--init", loras["ocr"], "--alpha", 8], "--alpha: --init"),
+                          (["train_teacher.py", "--init", loras["ocr"], "--rank", 32], "--rank: --init"),
+                          (["cold_start.py", "sft", *ocr, "--init", loras["ocr"], "--rank", 4], "--rank: "),
+                          (["cold_start.py", "merge", "--rank", 4], "--rank: --method cat has its own"),
+                          (["distill.py", "--sde", "cps", "--noise-level", 1.2], "--noise-level 1.2: with"),
+                          (["train_teacher.py", "--sde", "cps", "--noise-level", 3], "at most 1"),
+                          (["sample.py", "--sde", "cps", "--noise-level", 2], "at most 1")):
+        assert message in refused(*argv, "--out", tmp_path / "out")
+
+
+def test_odd_places(tmp_path, monkeypatch):
+    """Commas and equals signs in a path, a checkout with a backslash, a terminal without UTF-8."""
+    odd = ["a=x,y=2,guidance=1.5,weight=3", "b=/p,q/weight=1/z"]
+    specs = flow_sde.parse_specs("--teachers", odd, guidance=4.0, weight=1.0)
+    assert specs == {"a": {"value": "x,y=2", "guidance": 1.5, "weight": 3.0},
+                     "b": {"value": "/p,q/weight=1/z", "guidance": 4.0, "weight": 1.0}}
+    with pytest.raises(SystemExit, match="guidance must be a number"):
+        flow_sde.parse_specs("--teachers", ["a=x,guidance=high"], guidance=1.0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model"), parser.add_argument("--files", nargs="+")
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_sde, "HERE", "C:\\1\\g<0>")
+        patch.setattr(sys, "argv", ["x.py"])
+        args = flow_sde.parse_args(parser, {"model": "toy/base", "files": ["a=toy/x"]})
+    assert (args.model, args.files) == ("C:\\1\\g<0>/toy/base", ["a=C:\\1\\g<0>/toy/x"])
+    (tmp_path / "prompts.txt").write_text('a yellow sign saying "HAT"\n')
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run("evaluate.py", "--models", "base", "--prompts", f"ocr={tmp_path}/prompts.txt", "--reward", "toy.ocr",
+        "--eval-num-steps", 1, "--samples-per-prompt", 2, "--out", tmp_path / "table")
+    terminal.flush()
+    assert b" ? " in terminal.buffer.getvalue()  # the plus-minus sign of the table
+
+
+def test_a_custom_reward_may_return_what_it_likes():
+    from rewards import Reward, RewardError, score_batch
+    batch, pictures = [("x", {"prompt": "a fox"})] * 3, torch.zeros(3, 3, 4, 4)
+    score = lambda values: score_batch(pictures, batch, {"r": Reward(lambda *_: values, 1.0)}, ["x"])["r"]
+    for values in ([1, 2.0, 3], np.array([1, 2, 3]), torch.tensor([[1], [2], [3]]), [torch.tensor(1), 2, 3]):
+        assert score(values).tolist() == [1, 2, 3] and score(values).dtype == torch.float32
+    for values in (None, 1.0, [1, 2], torch.ones(3, 3), "abc", [None] * 3):
+        with pytest.raises(RewardError, match="r: .*3 pictures, not a number each"):
+            score(values)
+    pictures[1] = math.nan
+    with pytest.raises(RewardError, match="r: a picture is not finite"):
+        score([1, 2, 3])
+
+
+def test_advice_fits_the_script(tmp_path, capsys):
+    """On a full disk: sample.py has no --resume."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    hook = sys.excepthook
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError) as full:
+            run("sample.py", "--num-steps", 1, "--num-images", 1, "--out", tmp_path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.excepthook(full.type, full.value, full.tb)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.excepthook = hook
+    said = capsys.readouterr().err
+    assert "Make room, then the same command goes on" in said
+    assert "--resume" not in said and "Traceback" not in said
+
+
+def test_accelerate_launch_or_what_to_use(tmp_path, monkeypatch):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    argv = ["sample.py", "--num-steps", "1", "--num-images", "2", "--batch-size", "2", "--out", str(tmp_path)]
+    answer = subprocess.run([*launch, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.count("6 pictures") == 1, answer.stderr[-3000:]
+    assert len([f for f in os.listdir(tmp_path) if f[0] == "0"]) == 6
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "accelerate launch asks for FSDP" in refused("sample.py", "--out", tmp_path)

@@ -13,8 +13,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TASKS, distill, few, hub_pipeline, hub_teacher, read_log
+from conftest import ROOT, TASKS, distill, few, hub_pipeline, hub_teacher, read_log, refused
 from safetensors.torch import load_file
+
+from flow_sde import saved_steps
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -90,7 +92,8 @@ def test_a_process_that_dies_takes_the_job_down_with_a_message(loras, tmp_path):
     began = time.monotonic()
     errors = process.communicate(timeout=90)[1]
     assert time.monotonic() - began < 60 and process.returncode != 0
-    assert re.search(r"process [01] could not reach the others of this job, so it ends too: .* The last checkpoint is whole", errors), errors[-3000:]
+    said = "could not reach the others of this job, so it ends too: .* What was saved before is whole, --resume"
+    assert re.search(f"process [01] {said}", errors), errors[-3000:]
 
 
 def parent(pid):
@@ -186,3 +189,96 @@ def test_memory_hardly_grows_with_the_number_of_teachers(tmp_path):
         peaks[count] = int(re.search(r"peak kB (\d+)", answer.stdout)[1]) / 1e6
     print(f"peak GB: one teacher {peaks[1]:.2f}, four and an anchor {peaks[4]:.2f}, ratio {peaks[4] / peaks[1]:.3f}")
     assert peaks[4] < 1.10 * peaks[1]
+
+
+def state_of(folder):
+    return torch.load(os.path.join(folder, "state.pt"), weights_only=True)["weights"]
+
+
+def same(a, b):
+    return all(torch.equal(a[name][k], b[name][k]) for name in a for k in a[name])
+
+
+def test_a_folder_belongs_to_one_run(loras, tmp_path):
+    """While another process lives; then, until it is given up by name."""
+    out = tmp_path / "run"
+    out.mkdir()
+    hold = ("import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+            "print('held', flush=True); input()")
+    process = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock")], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    for script, *argv in (["distill.py"], ["cold_start.py", "merge"], ["sample.py"], ["evaluate.py"],
+                          ["train_teacher.py", "--resume", "auto"]):
+        assert "another process is at work there" in refused(script, *argv, "--out", out)
+    process.kill(), process.communicate()  # the lock falls with it
+
+    distill(loras, str(out), steps=2, save_every=1)
+    kept = state_of(out / "checkpoints/000002")
+    for changes in ({}, {"seed": 3}, {"resume": str(out / "checkpoints/000001")}):
+        with pytest.raises(SystemExit, match="an earlier run left checkpoints there; --resume auto"):
+            distill(loras, str(out), steps=3, save_every=1, **changes)
+    assert "an earlier run left checkpoints" in refused("cold_start.py", "merge", "--out", out)
+    assert same(kept, state_of(out / "checkpoints/000002"))
+    distill(loras, str(out), steps=3, save_every=1, resume=str(out / "checkpoints/000002"))  # the last one
+    assert saved_steps(out) == ["000002", "000003"]
+    distill(loras, str(out), steps=1, save_every=1, seed=3, overwrite=[])
+    assert saved_steps(out) == ["000001"] and len(read_log(out)) == 1
+    shutil.rmtree(out / "checkpoints")
+    for changes in ({}, {"resume": "auto"}):
+        with pytest.raises(SystemExit, match="there is a LoRA already; --overwrite"):
+            distill(loras, str(out), **changes)
+    with pytest.raises(SystemExit, match="give one of them"):
+        distill(loras, str(out), overwrite=[], resume="auto")
+
+
+def test_a_run_from_the_lora_in_its_own_folder_can_be_resumed(loras, tmp_path):
+    """The LoRA is kept, since the run writes its own in its place."""
+    flags = dict(save_every=1, init=str(tmp_path / "cut/lora"))
+    shutil.copytree(loras["student"], tmp_path / "cut/lora")
+    distill(loras, str(tmp_path / "cut"), steps=1, **flags)
+    run = distill(loras, str(tmp_path / "cut"), steps=2, resume="auto", **flags)
+    whole = distill(loras, str(tmp_path / "whole"), steps=2, init=loras["student"])
+    assert same(state_of(tmp_path / "cut/checkpoints/000002"), state_of(tmp_path / "whole/checkpoints/000002"))
+    for a, b in zip(run["model"].weights("start").values(), whole["model"].weights("start").values()):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_is_not_whole_gives_way_to_the_one_before(loras, tmp_path, capsys):
+    for steps in (2, 3):
+        distill(loras, str(tmp_path / str(steps)), steps=steps, save_every=1, keep=3)
+    for damage in (lambda data: data[:len(data) // 2], lambda data: b""):
+        out = shutil.copytree(tmp_path / "2", tmp_path / "damaged", dirs_exist_ok=True)
+        file = out / "checkpoints/000002/state.pt"
+        file.write_bytes(damage(file.read_bytes()))
+        capsys.readouterr()
+        distill(loras, str(out), steps=3, save_every=1, resume="auto")
+        assert re.search(r"note: .*000002: not a whole checkpoint", capsys.readouterr().out)
+        assert same(state_of(out / "checkpoints/000003"), state_of(tmp_path / "3/checkpoints/000003"))
+        shutil.rmtree(out)
+    (tmp_path / "2/checkpoints/000002/state.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="000002: not a whole checkpoint"):
+        distill(loras, str(tmp_path / "2"), steps=3, resume=str(tmp_path / "2/checkpoints/000002"))
+    with pytest.raises(SystemExit, match="--steps 1: .*000003 has made 3 already"):
+        distill(loras, str(tmp_path / "3"), steps=1, resume="auto")
+
+
+def test_a_folder_that_cannot_be_written_is_known_at_once(loras, tmp_path):
+    (tmp_path / "file").write_text("")
+    for script in ("distill.py", "train_teacher.py", "sample.py", "evaluate.py", "cold_start.py"):
+        assert "cannot be written" in refused(script, "--out", tmp_path / "file/run")
+        assert "cannot be written" in refused(script, "--out", tmp_path / "file")
+
+
+def test_links_are_followed(loras, tmp_path):
+    """lora and checkpoints on another disk."""
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    out.mkdir(), (disk / "checkpoints").mkdir(parents=True)
+    os.symlink(disk / "lora", out / "lora"), os.symlink(disk / "checkpoints", out / "checkpoints")
+    distill(loras, str(out), steps=1, save_every=1)
+    distill(loras, str(out), steps=2, save_every=1, resume="auto")
+    assert os.path.islink(out / "lora") and os.path.islink(out / "checkpoints")
+    assert os.path.exists(disk / "lora/adapter_config.json")
+    assert sorted(os.listdir(disk)) == ["checkpoints", "lora"] and saved_steps(out) == ["000001", "000002"]
+    distill(loras, str(out), steps=1, save_every=1, seed=3, overwrite=[])
+    assert saved_steps(disk) == ["000001"] and os.path.islink(out / "lora")

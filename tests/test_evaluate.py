@@ -260,8 +260,8 @@ def test_pictures_that_are_not_finite_are_not_scored(tmp_path, monkeypatch, lora
     import flow_sde
     plain = flow_sde.SD3.generate
 
-    def generate(self, prompts, *rest):
-        pictures = plain(self, prompts, *rest)
+    def generate(self, prompts, *rest, **options):
+        pictures = plain(self, prompts, *rest, **options)
         pictures[1, 0, 3, 4] = float("nan")
         return pictures
     monkeypatch.setattr(flow_sde.SD3, "generate", generate)

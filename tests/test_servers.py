@@ -394,7 +394,7 @@ def test_a_reward_that_fails_stops_training_and_loses_nothing(serve, tmp_path):
 
 def test_a_server_that_is_not_there_is_noticed_first(tmp_path):
     message = refused(*train("http://127.0.0.1:9", str(tmp_path / "out")))
-    assert "--reward taste: http://127.0.0.1:9" in message and not (tmp_path / "out").exists()
+    assert "--reward taste: http://127.0.0.1:9" in message and os.listdir(tmp_path / "out") == [".lock"]
 
 
 def test_scoring_runs_beside_sampling(serve):

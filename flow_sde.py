@@ -620,8 +620,8 @@ def lora_settings(file, header, keys):
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     start = config.get("init_lora_weights", True)
     if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        die(f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to the '
-            "base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it")
+        die(f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
+            "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
@@ -635,7 +635,7 @@ def lora_settings(file, header, keys):
         seen = ", ".join(f"{key} {config.get(key)!r}" for key in needed)
         die(f"{place}: not the settings of a plain LoRA: {seen}")
     more = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
-    more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # peft 0.18 does not mark them
+    more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # not marked by peft 0.18
     more |= {"layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
     more = sorted(key for key in config if config[key] and (key in more or not hasattr(settings, key)))
     if more:

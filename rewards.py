@@ -1216,7 +1216,8 @@ def score_batch(images, batch, rewards, tasks):
             continue
         metadata = [batch[i][1] for i in rows]
         if not images[rows].isfinite().all():
-            raise RewardError(f"{name}: a picture is not finite, for {metadata[0]['prompt']!r} or one beside it")
+            said = f"a picture is not finite, for {metadata[0]['prompt']!r} or one beside it"
+            raise RewardError(f"{name}: {said}")
         try:
             values = reward.function(images[rows], [row["prompt"] for row in metadata], metadata)
         except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score

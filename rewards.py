@@ -18,7 +18,7 @@ In the scripts, `--reward` takes NAME[@TASK][=WEIGHT][,URL] ..., and --reward-op
     geneval=0.8 qwenvl=0.2,openai+http://localhost:8000/v1 # weights; a judge at an OpenAI-compatible endpoint
     taste=http://localhost:9000             # a server of your own: `served` says what it gets and answers
     deqa=pickle+http://localhost:18086      # Flow-GRPO's reward servers
-    toy.ocr mine.smile                      # the function `ocr` of toy.py, `smile` of mine.py
+    toy.ocr mine.smile                      # the function `ocr` of toy/, `smile` of mine.py
     --reward-option mine.smile.model=DIR qwenvl.timeout=30 qwenvl.prompt=@prompt.txt
 
 Rewards and tasks meet by name: a reward called like a task (`ocr`, `toy.ocr`, `ocr_strict` for the task
@@ -1057,12 +1057,18 @@ class Reward(typing.NamedTuple):
     identity: str = ""      # what its scores depend on
 
 
+def module_file(module):
+    """The file of a module beside this one, mine.py or mine/__init__.py; None if there is none."""
+    files = [os.path.join(HERE, file) for file in (module + ".py", os.path.join(module, "__init__.py"))]
+    return next(filter(os.path.exists, files), None)
+
+
 def load_reward(name):
     """The reward function of that name."""
     if name in REWARDS:
         return REWARDS[name]
     module, _, function = name.rpartition(".")
-    if module and os.path.exists(os.path.join(HERE, module + ".py")):
+    if module and module_file(module):
         reward = getattr(importlib.import_module(module), function, None)
         if callable(reward):
             return reward
@@ -1150,7 +1156,7 @@ def identity(name, function):
         parts["protocol"] = function.func.__name__
     parts = {k: fingerprint(v) if isinstance(v, str) and os.path.exists(v) else v for k, v in parts.items()}
     if "." in name and function.func not in (served, served_pickle):
-        parts["module"] = fingerprint(os.path.join(HERE, name.rpartition(".")[0] + ".py"))
+        parts["module"] = fingerprint(module_file(name.rpartition(".")[0]))
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]):
         parts["version"] = importlib.metadata.version(PACKAGES[name])
     return f"{name} {json.dumps(parts, sort_keys=True, default=str)}"
@@ -1380,11 +1386,11 @@ def markdown(rows):
 
 def list_rewards():
     """Print every reward's name and docstring: this file's, and those of the files beside it."""
-    others = sorted(f for f in os.listdir(HERE) if f.endswith(".py") and f != "rewards.py")
-    for file in ["rewards.py", *others]:
+    modules = sorted(file.removesuffix(".py") for file in os.listdir(HERE))
+    for module in ["rewards", *(m for m in modules if m != "rewards" and module_file(m))]:
         with contextlib.suppress(SyntaxError, ValueError, OSError):
-            for name, text in rewards_in(os.path.join(HERE, file)).items():
-                name = name if file == "rewards.py" else f"{file[:-3]}.{name}"
+            for name, text in rewards_in(module_file(module)).items():
+                name = name if module == "rewards" else f"{module}.{name}"
                 print("\n    ".join([name, *text.splitlines()]))
 
 

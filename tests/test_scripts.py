@@ -29,9 +29,9 @@ def teacher(tmp_path, name, *extra):
                "--sde-window", 0, *QUICK, "--out", tmp_path / name, *extra)
 
 
-@pytest.mark.parametrize("script", ["train_teacher.py", "cold_start.py", "distill.py", "sample.py", "evaluate.py", "toy.py"])
+@pytest.mark.parametrize("script", ["train_teacher.py", "cold_start.py", "distill.py", "sample.py", "evaluate.py", "-m toy"])
 def test_help(script):
-    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "--out" in text and max(map(len, text.splitlines())) <= 128
 
 

@@ -67,7 +67,8 @@ def test_jpeg():
 
 
 def test_the_identity_vae():
-    vae = toy.identity_vae()
+    from toy.__main__ import identity_vae
+    vae = identity_vae()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         z = vae.encode(x).latent_dist.sample()

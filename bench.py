@@ -3,22 +3,32 @@ operations an update of this shape can do with, and beside other recipes for the
 
     python bench.py --recipe ours two-pass released                  # a random SD3 of 121 M parameters on two CPU cores
     python bench.py --script train_teacher.py                        # stage 1
-    python bench.py --model sd35m-random --dtype bfloat16 --resolution 512 --num-steps 10 --guidance 4.5 --batch-size 12 \\
-        --recipe ours released                                       # SD3.5-Medium's architecture on a GPU
+    python bench.py --model sd35m-random --dtype float16 --resolution 512 --num-steps 10 --guidance 4.5 \\
+        --batch-size 8 --recipe ours two-pass released               # SD3.5-Medium's architecture on a GPU
+    python bench.py --model sd35m-random --dtype float16 --resolution 512 --num-steps 10 --guidance 4.5 \\
+        --batch-size 8 --gpu-report                                  # one step of it, in many sizes
 
-`ours` is the script itself, watched from outside. `two-pass` stores the trajectory and walks it again to learn. `released` does so too, with a
-float32 network of its own for every teacher, asked one after another: the ways of the released code, in full precision (whose settings
-compute in half precision under autocast, and which also decodes and scores every rollout: neither is counted). Each recipe runs in a
-process of its own. FLOPs are those of torch's flop counter. The floor is the student's forward, its backward as far as the first LoRA, its
-teacher's and the anchor's forward at every learnt step, of the bare network (stage 1: sampling, then forward, backward and the base's
-forward). MFU: FLOPs done over seconds, and over the rate of a large matrix product in the same data type, measured in the same process.
+`ours` is the script itself, watched from outside; flags that are not listed below are handed to it.
+`two-pass` stores the trajectory and walks it again to learn. `released` does so too, with a float32 network
+of its own for every teacher, asked one after another, computing in --dtype under autocast: the ways of the
+released code (which also decodes and scores every rollout: not counted). Each recipe runs in a process of its
+own. --gpu-report measures what an update consists of, the student's forward and backward at one state that
+teachers and anchor label, at several sizes of micro-batch, with gradient checkpointing, fewer tokens, five
+teachers and compiled, and lists what takes longest.
+
+FLOPs are those of torch's flop counter. The floor is the student's forward, its backward as far as the first
+LoRA, its teacher's and the anchor's forward at every learnt step, of the bare network (stage 1: sampling,
+then forward, backward and the base's forward). MFU: FLOPs done over seconds, and over the rate of a large
+matrix product in the same data type, measured in the same process.
 """
 
 import argparse
 import collections
 import contextlib
+import copy
 import gc
 import json
+import math
 import os
 import resource
 import runpy
@@ -29,6 +39,7 @@ import tempfile
 import threading
 import time
 
+import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -50,12 +61,16 @@ add("--micro-batch-size", type=int, default=6, help="samples per forward")
 add("--num-steps", type=int, default=5, help="sampling steps, of which the last is left out")
 add("--resolution", type=int, default=128, help="pixels")
 add("--guidance", type=float, default=1.0, help="of everyone")
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen networks; released: always float32")
+add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="networks compute in it")
+add("--t5", action="store_true", help="give the random model T5-XXL's encoder too (9.5 GB in half precision)")
 add("--gradient-checkpointing", action="store_true", help="as distill.py's")
 add("--updates", type=int, default=3, help="timed updates, after one that is not")
+add("--gpu-report", action="store_true", help="one step of distill.py in many sizes, on a GPU or not")
 add("--out", help="JSON file for the figures")
 add("--inside", help=argparse.SUPPRESS)  # the folder of a recipe's own process
-args = parser.parse_args()
+args, handed_on = parser.parse_known_args()
+if handed_on and (args.recipe != ["ours"] or args.gpu_report):
+    die(f"{' '.join(handed_on)}: no flags of this program, and the script's own are for --recipe ours alone")
 if args.script != "distill.py" and args.recipe != ["ours"]:
     die("--recipe is for --script distill.py")
 if min(args.teachers, args.updates, args.batch_size, args.micro_batch_size) < 1 or args.num_steps < 2:
@@ -69,9 +84,11 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # something to measure
 
 def random_pipeline(folder, layers, heads, head_dim, dual, text, clip_layers, channels):
-    """A StableDiffusion3Pipeline with random weights: SD3.5's classes and settings at any size, without T5's encoder (its rows are zeros)."""
+    """A StableDiffusion3Pipeline with random weights: SD3.5's classes and settings at any size. Without --t5
+    it has no T5 encoder (its rows are zeros)."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
     torch.manual_seed(0)
     signs, ends = [chr(c) for c in range(33, 127)], ["<|startoftext|>", "<|endoftext|>"]
     vocab = {t: i for i, t in enumerate([*signs, *(s + "</w>" for s in signs), *ends])}
@@ -88,10 +105,15 @@ def random_pipeline(folder, layers, heads, head_dim, dual, text, clip_layers, ch
         vae = AutoencoderKL(block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels), down_block_types=["DownEncoderBlock2D"] * 4,
                             up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16, layers_per_block=2, norm_num_groups=min(32, channels // 2),
                             sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+        t5 = args.t5 and T5EncoderModel(T5Config(
+            d_model=text, d_kv=64, d_ff=10240 if real else text, num_layers=24 if real else 1,
+            num_heads=max(1, text // 64), feed_forward_proj="gated-gelu"))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((s, -4.0) for s in signs)]
     tokenizers = [CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")]
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
-        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=None, tokenizer_3=None)
+        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5 or None,
+        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512) if args.t5 else None)
     pipe.to(getattr(torch, args.dtype)).save_pretrained(folder)
     return folder
 
@@ -120,18 +142,35 @@ def matrix_rate(dtype):
     return 2 * n ** 3 / best
 
 
+def count_tokens(model):
+    """The transformer's, of a picture and its prompt."""
+    patches = math.prod(model.latent_shape(args.resolution)[1:]) // model.transformer.config.patch_size ** 2
+    return patches + model.null[0].shape[1]
+
+
 def free():
-    """Give the GPU's memory back: models hang in cycles, and PyTorch keeps what it once had."""
+    """Give the GPU's memory back, for models hang in cycles and PyTorch keeps what it once had; watch its
+    peak anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def most_memory():
-    """The most memory that this process has had, in GB."""
+    """In GB, the most memory that tensors have had since the last `free`, and what PyTorch held for them; on
+    a CPU, the most that this process has had, and 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
     if os.path.exists("/proc/self/status"):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
+        most = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(most.split()[1]) * 1024 / 1e9, 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9, 0.0  # macOS, in bytes
+
+
+def memory(row):
+    """A row's memory as the tables show it."""
+    return f"{row['memory_gb']:.2f}" + (f" ({row['reserved_gb']:.2f})" if row["reserved_gb"] else "")
 
 
 def synchronize():
@@ -170,6 +209,14 @@ class Watch:
                     self.inside = False
         setattr(owner, name, timed)
 
+    def wrap_all(self):
+        self.wrap(SD3, "encode", "text encoding")
+        self.wrap(SD3, "velocity", velocity_part)
+        self.wrap(SD3, "decode", "decode")
+        self.wrap(torch.Tensor, "backward", "backward")
+        self.wrap(torch.optim.AdamW, "step", "optimizer")
+        self.wrap(rewards, "score_batch", "reward, beside the sampling")
+
     def count(self, network):
         forward = network.forward
 
@@ -195,20 +242,17 @@ def measure(run):
     a clock on every part, one with the flop counter."""
     from diffusers import SD3Transformer2DModel
     watch, times, figures, stack = Watch(), [], {}, contextlib.ExitStack()
-    for owner, name, part in ((SD3, "encode", "text encoding"), (SD3, "velocity", velocity_part), (SD3, "decode", "decode"),
-                              (torch.Tensor, "backward", "backward"), (torch.optim.AdamW, "step", "optimizer"),
-                              (rewards, "score_batch", "reward, beside the sampling")):
-        watch.wrap(owner, name, part)
+    watch.wrap_all()
     watch.count(SD3Transformer2DModel)
 
     def boundary():
         synchronize()
         times.append(time.perf_counter())
         made = len(times) - 1
-        if made == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if made == 1:
+            free()
         if made == 1 + args.updates:
-            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else most_memory()
+            figures["memory_gb"], figures["reserved_gb"] = most_memory()
             watch.counts.clear()
             watch.on = True
         elif made == 2 + args.updates:
@@ -251,28 +295,32 @@ def ours(folder, base, boundary):
     sys.argv = [os.path.join(HERE, args.script)]
     for flag, value in flags.items():
         sys.argv += ["--" + flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
-    if args.gradient_checkpointing:
-        sys.argv.append("--gradient-checkpointing")
+    sys.argv += handed_on + ["--gradient-checkpointing"] * args.gradient_checkpointing
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def walked_again(folder, base, boundary):
     """distill.py's update with a stored trajectory: on one shared base (two-pass), or with a float32 network for everyone (released)."""
-    released = args.recipe == ["released"]
+    released, dtype = args.recipe == ["released"], getattr(torch, args.dtype)
     names = [*(f"t{i}" for i in range(args.teachers)), "anchor", "student"]
-    dtype = torch.float32 if released else getattr(torch, args.dtype)
-    shared = SD3(base, dtype, device, gradient_checkpointing=args.gradient_checkpointing)
-    models = {}
+    stored = torch.float32 if released else dtype
+    shared = SD3(base, stored, device, gradient_checkpointing=args.gradient_checkpointing)
+    models = {name: copy.copy(shared) if released and name != "student" else shared for name in names}
+    for name, model in models.items():
+        if model is not shared:  # the text encoders and the VAE are not what is compared
+            model.pipe = copy.copy(shared.pipe)
+            model.pipe.transformer = model.transformer = copy.deepcopy(shared.transformer)
+            model.asked, model.adapters, model.stacked = flow_sde.Asked(), {}, {}
     for i, name in enumerate(names):
-        models[name] = shared
-        if released and name != "student":
-            models[name] = SD3(base, dtype, device)
-            models[name].pipe.vae, models[name].text_encoders = None, []  # the network is what is compared
         models[name].load_adapter(name, f"{folder}/{i}")
+        for norm in models[name].transformer.modules() if released else ():
+            if type(norm) is flow_sde.RMSNorm:
+                norm.__class__ = diffusers.models.normalization.RMSNorm
     params = shared.train_adapter("student")
     optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4, fused=True)
     shape, sigmas = shared.latent_shape(args.resolution), shared.sigmas(args.num_steps, args.resolution)[:-1]
     prompts = open(f"{folder}/prompts.txt").read().splitlines()
+    halves = torch.autocast(device.type, dtype, enabled=released and dtype != torch.float32)
     while True:
         boundary()
         conds = shared.encode([prompts[i % len(prompts)] for i in range(args.batch_size)])
@@ -281,11 +329,12 @@ def walked_again(folder, base, boundary):
             tasks = [f"t{k % args.teachers}" for k in range(len(cond[0]))]
             gens = flow_sde.generators(0, len(prompts), range(len(tasks)))
             draw = lambda: randn(gens, shape, device)
-            with torch.no_grad():
+            with torch.no_grad(), halves:
                 steps = list(rollout(lambda x, t: shared.velocity(x, t, cond, "student", args.guidance), draw(), sigmas, 0.7, "flow", draw))
             for s in steps:
-                v = shared.velocity(s.x, s.t, cond, "student", args.guidance)
-                with torch.no_grad():
+                with halves:
+                    v = shared.velocity(s.x, s.t, cond, "student", args.guidance)
+                with torch.no_grad(), halves:
                     if released:  # a batch of one task at a time
                         v_teacher = models[tasks[0]].velocity(s.x, s.t, cond, tasks[0], args.guidance)
                     else:
@@ -325,11 +374,112 @@ def floor(base):
     return per_sample * args.batch_size * (1 if args.guidance == 1 else 2)
 
 
+def gpu_report(folder, base, rate):
+    """What one step of distill.py's loop takes, in many sizes: {"rows": [...], "kernels": [(share,
+    milliseconds, times, name), ...], "matrix_flops_per_second"}."""
+    model, watch, rows, flops = SD3(base, getattr(torch, args.dtype), device), Watch(), [], {}
+    for i, name in enumerate(("t0", "t1", "t2", "t3", "t4", "anchor", "student")):
+        model.load_adapter(name, f"{folder}/{i}")
+    model.train_adapter("student")
+    watch.wrap_all()
+    shape, null = model.latent_shape(args.resolution), model.null
+
+    def step(size, teachers=3):
+        x, cond = torch.randn(size, *shape, device=device), [c.expand(size, *c.shape[1:]) for c in model.null]
+        with torch.no_grad():
+            v_teacher = model.velocity(x, 0.5, cond, [f"t{i % teachers}" for i in range(size)], args.guidance)
+            v_anchor = model.velocity(x, 0.5, cond, "anchor", args.guidance)
+        v = model.velocity(x, 0.5, cond, "student", args.guidance)
+        ((v - v_teacher).square() + 0.02 * (v - v_anchor).square()).sum().backward()
+
+    def row(what, size, teachers=3):
+        tokens = count_tokens(model)
+        rows.append({"what": what, "size": size, "tokens": tokens})
+        try:
+            if tokens not in flops:
+                with counter() as counted:
+                    step(1)
+                flops[tokens] = counted.get_total_flops()
+            step(size, teachers)
+            step(size, teachers)
+            free()
+            times, launched = [], []
+            for _ in range(3):
+                synchronize()
+                began = time.perf_counter()
+                step(size, teachers)
+                launched.append(time.perf_counter() - began)
+                synchronize()
+                times.append(time.perf_counter() - began)
+            rows[-1]["memory_gb"], rows[-1]["reserved_gb"] = most_memory()
+            watch.seconds.clear()
+            watch.on = True
+            step(size, teachers)
+            watch.on = False
+        except Exception as error:  # out of memory, or no compiler here: the other rows count all the same
+            rows[-1]["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            return
+        seconds = statistics.median(times)
+        done = size * flops[tokens]
+        rows[-1] |= {"seconds": seconds, "launched": statistics.median(launched), "flops": done,
+                     "mfu": done / seconds / rate, "parts": dict(watch.seconds)}
+
+    for size in (1, 4, 8, 16):
+        row("", size)
+    with torch.profiler.profile() as profiler:
+        step(8)
+        synchronize()
+    kernels = [(e.self_cpu_time_total, e.count, e.key[:100]) for e in profiler.key_averages()]
+    if device.type == "cuda":
+        kernels = [(e.self_device_time_total, e.count, e.key[:100]) for e in profiler.key_averages()
+                   if e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(took for took, _, _ in kernels)
+    longest = sorted(kernels, reverse=True)[:15]
+    kernels = [(took / total, took / 1e3, times, name) for took, times, name in longest]
+    row("five teachers", 8, teachers=5)
+    model.null = null[0][:, :-128], null[1]
+    row("128 tokens fewer", 8)
+    model.null = null
+    model.transformer.enable_gradient_checkpointing(model._checkpointed)
+    for size in (1, 8, 16, 32):
+        row("gradient checkpointing", size)
+    model.transformer.disable_gradient_checkpointing()
+    model.compile()
+    for size in (8, 16):
+        row("compiled", size)
+    return {"rows": rows, "kernels": kernels, "matrix_flops_per_second": rate}
+
+
+def print_report(report):
+    each = args.batch_size * (args.num_steps - 1)
+    rate = report["matrix_flops_per_second"] / 1e12
+    print(f"a step of distill.py, milliseconds; MFU is of {rate:.3g} TFLOP/s, the rate of a large matrix "
+          f"product; an update: {args.batch_size} samples x {args.num_steps - 1} steps\n")
+    print("| micro-batch | tokens | a step | CPU busy | student | backward | teachers | anchor | MFU | "
+          "an update, s | memory, GB (reserved) |")
+    print("|---" * 11 + "|")
+    for r in report["rows"]:
+        name = " ".join(filter(None, (str(r["size"]), r["what"])))
+        if "failed" in r:
+            print(f"| {name} | {r['tokens']} | {r['failed']}" + " |" * 9)
+            continue
+        parts = [r["parts"][part] for part in ("student", "backward", "teachers", "anchor or base")]
+        times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (r["seconds"], r["launched"], *parts))
+        update = each * r["seconds"] / r["size"]
+        print(f"| {name} | {r['tokens']} | {times} | {r['mfu']:.0%} | {update:.2f} | {memory(r)} |")
+    print("\nwhat takes longest, micro-batch 8:")
+    for share, milliseconds, times, name in report["kernels"]:
+        print(f"{share:6.1%} {milliseconds:9.2f} ms {times:6d} x {name}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 if args.inside:
     base = os.path.join(args.inside, "base") if args.model in SIZES else args.model
-    rate = matrix_rate(torch.float32 if args.recipe == ["released"] else getattr(torch, args.dtype))
+    rate = matrix_rate(getattr(torch, args.dtype))
+    if args.gpu_report:
+        write_json(args.out, gpu_report(args.inside, base, rate))
+        os._exit(0)
     figures = {"recipe": args.recipe[0]} | measure(lambda boundary: (ours if args.recipe == ["ours"] else walked_again)(args.inside, base, boundary))
     free()
     figures |= {"floor": floor(base), "matrix_flops_per_second": rate, "mfu": figures["flops"] / figures["seconds"] / rate}
@@ -338,33 +488,42 @@ if args.inside:
 
 with tempfile.TemporaryDirectory() as folder:
     base = random_pipeline(os.path.join(folder, "base"), *SIZES[args.model]) if args.model in SIZES else args.model
-    model = SD3(base, getattr(torch, args.dtype))
+    model = SD3(base, getattr(torch, args.dtype), device)
     size = sum(p.numel() for p in model.transformer.parameters()) / 1e6
-    random_loras(folder, model, args.teachers + 2)
+    tokens = count_tokens(model)
+    random_loras(folder, model, max(args.teachers, 5 * args.gpu_report) + 2)
     del model
     free()
     with open(os.path.join(folder, "prompts.txt"), "w") as f:
         f.writelines(f"a picture of {n}\n" for n in ("a red fox", "two cups", "a quiet harbour", "an old clock"))
-    rows = []
+    rows, failed = [], []
     for recipe in args.recipe:
         file = os.path.join(folder, "figures.json")
         command = [sys.executable, os.path.join(HERE, "bench.py"), *sys.argv[1:], "--recipe", recipe, "--inside", folder, "--out", file]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            die(f"--recipe {recipe} failed: what it said stands above")
+            failed.append(recipe)
+            continue
         rows.append(json.load(open(file)))
+        if args.out:
+            write_json(args.out, rows)
 
 where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-print(f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, {args.resolution} px, "
-      f"guidance {args.guidance:g}, {args.dtype}, {args.teachers} teachers and an anchor; {where}\n")
-print("| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU | memory, GB | outside the network |")
-print("|---" * 8 + "|")
+print(f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, "
+      f"{args.resolution} px, {tokens} tokens, guidance {args.guidance:g}, {args.dtype}, "
+      f"{args.teachers} teachers and an anchor; {where}, torch {torch.__version__}\n")
+if args.gpu_report and rows:
+    print_report(rows.pop())
+elif rows:
+    print("| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU | "
+          "memory, GB (reserved) | outside the network |")
+    print("|---" * 8 + "|")
 for r in rows:
     outside = 1 - sum(r["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward"))
     print(f"| {r['recipe']} | {r['seconds']:.2f} | {r['samples']['forwards']} ({r['samples']['with a graph']}) | {r['flops'] / 1e12:.3f} | "
-          f"{r['flops'] / r['floor']:.2f} | {r['mfu']:.0%} | {r['memory_gb']:.2f} | {outside:.1%} |")
+          f"{r['flops'] / r['floor']:.2f} | {r['mfu']:.0%} | {memory(r)} | {outside:.1%} |")
 for r in rows:
     print(f"\n{r['recipe']}: " + ", ".join(f"{part} {share:.1%}" for part, share in r["parts"].items()))
     if r is not rows[0]:
         print(f"{r['recipe']} takes {r['seconds'] / rows[0]['seconds']:.2f} times the seconds of {rows[0]['recipe']}")
-if args.out:
-    write_json(args.out, rows)
+if failed:
+    die(f"--recipe {', '.join(failed)} failed: what was said stands above")

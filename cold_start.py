@@ -24,7 +24,7 @@ from flow_sde import (SD3, WEIGHTINGS, StopSignal, clear_folder, die, end_proces
                       plot_curves, randn, read_lora, reduce_gradients, reduce_sum, refuse_given,
                       resume_checkpoint, rollout, run_identity, save_checkpoint, save_lora, skeleton,
                       start_processes, start_run, step_weights, transition, truncate_lora, update_average,
-                      write_json)
+                      what_fits, write_json)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(model="toy/base", prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
@@ -55,7 +55,7 @@ add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7
 add = parser.add_argument_group("sft, learning").add_argument
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps' velocity distances, as in distill.py")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
-add("--micro-batch-size", type=int, default=1, help="samples per forward")
+add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
 add("--steps", type=int, default=1000, help="updates")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
@@ -65,6 +65,7 @@ add("--no-t5", action="store_true", help="leave out the T5 text encoder, the lar
 add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
+add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
@@ -141,6 +142,9 @@ params, ema = model.train_adapter("student"), list(model.weights("ema").values()
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = model.sigmas(args.num_steps, args.resolution)[:-1]  # without the last step, as in distill.py
 transitions = len(sigmas) - 1
+if args.compile:
+    model.compile()
+micro = args.micro_batch_size or what_fits(model, args.batch_size, shape, args.guidance)
 kl_sde = "flow" if args.sde == "ode" else args.sde
 scale = step_weights(list(zip(sigmas, sigmas[1:])), args.noise_level, kl_sde, args.weighting)
 weights = {task: spec["weight"] for task, spec in teachers.items()}
@@ -162,11 +166,11 @@ for step in progress:
     gens = generators(args.seed, step, range(rank * args.batch_size, (rank + 1) * args.batch_size))
     kl_sum = torch.zeros((), device=device)
     conds = model.encode([row["prompt"] for _, row in batch])
-    for i in range(0, args.batch_size, args.micro_batch_size):
+    for i in range(0, args.batch_size, micro):
         if stop.name:
             break
-        rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
-        tasks, cond = [task for task, _ in rows], [c[i:i + args.micro_batch_size] for c in conds]
+        rows, g = batch[i:i + micro], gens[i:i + micro]
+        tasks, cond = [task for task, _ in rows], [c[i:i + micro] for c in conds]
         draw = lambda: randn(g, shape, device)
 
         def teacher(x, t):  # the teacher walks, each on its own task's prompts

@@ -33,8 +33,8 @@ from flow_sde import (SD3, WEIGHTINGS, StopSignal, clipped_surrogate, die, draw_
                       generators, kl, load_prompts, log_prob, merge_loras, own_folder, parse_args,
                       parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum,
                       refuse_given, resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid,
-                      save_lora, split_options, start_processes, start_run, step_weights, transition,
-                      update_average, write_json)
+                      save_lora, split_options, start_processes, start_run, step_weights, to_device,
+                      transition, update_average, what_fits, write_json)
 from rewards import check_rewards, evaluate, markdown, parse_rewards
 
 TASKS = ("compose", "ocr", "scene")
@@ -84,7 +84,7 @@ add("--label-density", type=float, nargs=2, default=[1, 1], metavar=("A", "B"),
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every update, or whole updates in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--group-size", type=int, default=1, help="trajectories per prompt (one is enough: no advantage to estimate)")
-add("--micro-batch-size", type=int, default=1, help="samples per forward")
+add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
 add("--steps", type=int, default=1000, help="rollouts; with kl, one update each")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio, ppo only (paper: 1e-4)")
@@ -98,6 +98,7 @@ add("--no-t5", action="store_true", help="leave out the T5 text encoder, the lar
 add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
+add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="held-out prompts for the table at the end; with none given, no table")
 add("--reward", nargs="*", metavar="NAME", help="rewards of the table at the end (never used in training)")
@@ -187,9 +188,12 @@ kl_sde = "flow" if args.sde == "ode" else args.sde  # an ODE has no transition d
 count = args.label_steps or transitions  # steps labelled in a rollout
 factor = step_weights([sigmas[k:k + 2] for k in range(transitions)], args.noise_level, kl_sde, args.weighting)  # {t: factor of its KL}
 weights = {task: spec["weight"] for task, spec in teachers.items()}
+if args.compile:
+    model.compile()
+micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 if rank == 0:
     print(f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; teachers: {', '.join(teachers)}; "
-          f"anchor: {args.anchor}; {samples * world} trajectories an update")
+          f"anchor: {args.anchor}; {samples * world} trajectories an update, {micro} at once")
 files = {"base": args.model, "anchor": anchor_path, "init": init,
          **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
          **{f"teacher {task}": s["value"] for task, s in teachers.items()}}
@@ -273,13 +277,13 @@ for step in progress:
     memory = []  # ppo only: the trajectories
     conds = model.encode([row["prompt"] for _, row in batch])
 
-    for i in range(0, samples, args.micro_batch_size):
+    for i in range(0, samples, micro):
         if stop.name:  # Ctrl-C or SIGTERM
             break
-        rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
+        rows, g = batch[i:i + micro], gens[i:i + micro]
         tasks = [task for task, _ in rows]
-        index = torch.tensor([list(teachers).index(t) for t in tasks], device=device)
-        cond = [c[i:i + args.micro_batch_size] for c in conds]
+        index = to_device([list(teachers).index(t) for t in tasks], device)
+        cond = [c[i:i + micro] for c in conds]
         draw = lambda: randn(g, shape, device)
 
         # act: the student samples its own trajectory, with a graph where the step's loss is learnt at once

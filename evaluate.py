@@ -74,6 +74,7 @@ add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", he
 add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
 add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
 
@@ -247,6 +248,8 @@ if any(missing for *_, missing in jobs):
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])
+    if args.compile:
+        model.compile()
     model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
 needed = {reward for *_, unscored, _ in jobs for reward in unscored}
 check_rewards(rewards, prompts, args.resolution, device, needed=needed)
@@ -254,10 +257,10 @@ accelerator.wait_for_everyone()  # all have read, and nothing was refused, befor
 for path, settings in settings_files.items():
     write_json(path, settings)
 
-# -- make the pictures, and score them beside that: a thread per reward --------------------------------------
+# -- make the pictures; beside that, a thread writes them and one per reward scores them ---------------------
 AT_ONCE = 2 ** 23  # pixels that a reward looks at together; a larger picture comes alone
 stop, writing, broken, unreadable = StopSignal(), threading.Lock(), [], set()
-waiting = {n: queue.Queue(maxsize=4) for n in rewards}
+waiting, drawn = {n: queue.Queue(maxsize=4) for n in rewards}, queue.Queue(maxsize=2)
 total = sum(len(batch) * made + sum(map(len, unscored.values())) for _, _, batch, unscored, made in jobs)
 progress = tqdm(total=total, disable=rank != 0, unit="picture or score", mininterval=1)
 
@@ -285,12 +288,47 @@ def read_files(name, task, numbers):
         yield held
 
 
+def hand_on(place, job):
+    """Put a job into a queue when there is room, unless the process is told to stop."""
+    while not stop.name:
+        with contextlib.suppress(queue.Full):
+            return place.put(job, timeout=0.2)
+
+
+def take(place):
+    """A queue's next job; None if the process is told to stop."""
+    while not stop.name:
+        with contextlib.suppress(queue.Empty):
+            return place.get(timeout=0.2)
+
+
+def write_all():
+    """The thread that writes what was drawn; every batch is given to the rewards' threads when its files lie on
+    the disk."""
+    while (next_job := take(drawn)) is not None:
+        (name, task, batch, unscored, missing), made = next_job
+        if missing:
+            made = made.cpu()
+            for i, tensor, picture in zip(batch, made, pil(made)):
+                if tensor.isfinite().all():
+                    write(files[name, task][i], encoded(picture))
+                else:
+                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so not kept; is {name} broken?")
+                    unreadable.add((name, task, i))
+            with writing:
+                progress.update(len(batch))
+        for reward, numbers in unscored.items():
+            hand_on(waiting[reward], (name, task, numbers))
+    for reward in rewards:
+        hand_on(waiting[reward], None)
+
+
 def score_all(reward):
     """One reward's thread. A batch that fails is tried picture by picture; what cannot be scored stays
     without a score, which the table calls missing; a reward that is unavailable three times in a row is left
     alone."""
     failures = 0
-    while (job := waiting[reward].get()) is not None:
+    while (job := take(waiting[reward])) is not None:
         name, task, numbers = job
         for held in read_files(name, task, numbers) if failures < 3 else ():
             parts = [held]
@@ -331,43 +369,29 @@ def guarded(work, *details):
         stop.name = "failure"
 
 
-def make_all():
-    """The pictures that are not there yet; every batch is given to the rewards' threads when its files lie on
-    the disk."""
-    for name, task, batch, unscored, missing in jobs:
-        if stop.name:
-            return
-        if missing:
+def draw_all():
+    """The pictures that are not there yet, handed to the thread that writes them."""
+    for job in jobs:
+        name, task, batch, _, missing = job
+        made = None
+        if missing and not stop.name:
             texts = [prompts[task][i]["prompt"] for i in batch]
             made = model.generate(texts, generators(args.seed, 0, batch), args.eval_num_steps, args.resolution,
                                   name, guidance[name], strict=False)
-            for i, tensor, picture in zip(batch, made, pil(made)):
-                if tensor.isfinite().all():
-                    write(files[name, task][i], encoded(picture))
-                else:
-                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so not kept; is {name} broken?")
-                    unreadable.add((name, task, i))
-            with writing:
-                progress.update(len(batch))
-        for reward, numbers in unscored.items():
-            while not stop.name:
-                with contextlib.suppress(queue.Full):
-                    waiting[reward].put((name, task, numbers), timeout=1)
-                    break
+        hand_on(drawn, (job, made))
+    hand_on(drawn, None)
 
 
-threads = []
+threads = [threading.Thread(target=guarded, args=(write_all,), daemon=True)]
 for reward in rewards:
     thread = threading.Thread(target=guarded, args=(score_all, reward), name=f"reward {reward}", daemon=True)
     threads.append(thread)
+for thread in threads:
     thread.start()
-guarded(make_all)
-for reward, thread in zip(rewards, threads):
+guarded(draw_all)
+for thread in threads:
     while thread.is_alive() and not stop.name:
-        with contextlib.suppress(queue.Full):
-            waiting[reward].put(None, timeout=0.2)
-            while thread.is_alive() and not stop.name:
-                thread.join(0.2)
+        thread.join(0.2)
 progress.close()
 if broken:
     for thread in threads:

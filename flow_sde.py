@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -158,9 +158,12 @@ def randn(gens, shape, device):
 
 
 def to_device(values, device):
-    """Numbers as a tensor on the device, sent from pinned memory: the CPU does not wait for what the GPU has yet to do."""
+    """Numbers as a tensor on the device. CUDA gets them from pinned memory: the CPU does not wait for what
+    the GPU has yet to do."""
     values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else values
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 # ======================================================================================================================
@@ -171,15 +174,68 @@ def to_device(values, device):
 TARGETS = ["attn." + p for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 
 
-class SD3:
-    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer, each asked for by name, per sample. `routes` says who
-    answers which rows of a batch; when nothing is asked it names the adapter that is trained, which is whom gradient checkpointing
-    finds when it computes a block again. (With peft's switches, another adapter between a forward and its backward costs the student
-    its gradient without an error.) A teacher that is no LoRA but a whole transformer of its own stands beside the base in `full`.
+class LoRALinear(torch.nn.Linear):
+    """A frozen linear layer with named LoRAs, W x + alpha/r B A x; every row of a batch x (rows, ..., in) may
+    have another.
 
-    dtype is the frozen networks', and what frozen LoRAs are computed in; the trained LoRA, latents, guidance and the SDE are float32.
-    use_t5=False leaves out the largest text encoder (its tokens are zeros, as in diffusers); offload keeps the text encoders in the
-    CPU's memory but while they encode. max_sequence_length is T5's, in tokens."""
+    `asked`, one object for all layers of a network, says whose. Without `rows`, all are answered by the
+    adapter `name` from its float32 weights, which may be in training, or by W alone where it has none. With
+    `rows`, (rows, r) indices, every sample gathers its A and B from two stacks, where all frozen adapters lie
+    below one another in W's data type. Nothing is sorted or sliced, so one graph of torch.compile serves all
+    layers of a shape and all mixes of adapters."""
+
+    def forward(self, x):
+        name, rows = self.asked.name, self.asked.rows
+        if rows is None:
+            flat = x.flatten(0, -2)
+            y = F.linear(flat, self.weight, self.bias)
+            if name in self.lora_A:
+                A, B = self.lora_A[name].to(y.dtype), self.lora_B[name].to(y.dtype)
+                y = y.addmm_(F.linear(flat.to(y.dtype), A), B.T, alpha=self.scaling[name])
+            return y.unflatten(0, x.shape[:-1])
+        y = F.linear(x, self.weight, self.bias)
+        A = F.embedding(rows, self.stack_A).to(y.dtype)  # (rows, r, in)
+        B = F.embedding(rows, self.stack_B).to(y.dtype)  # (rows, r, out)
+        inner = torch.bmm(x.to(y.dtype).unsqueeze(1).flatten(1, -2), A.mT)
+        y.view(len(x), -1, y.shape[-1]).baddbmm_(inner, B)
+        return y
+
+    @torch.no_grad()
+    def stack(self, ranks):
+        """Copy the adapters {name: rank} below one another, after a row of zeros; zeros too for one that this
+        layer does not have. B's scale, alpha/r, is in the copy."""
+        stack_A = [self.weight.new_zeros(1, self.in_features)]
+        stack_B = [self.weight.new_zeros(1, self.out_features)]
+        for name, rank in ranks.items():
+            A, B = stack_A[0][:0], stack_B[0][:0]
+            if name in self.lora_A:
+                A, B = self.lora_A[name], self.scaling[name] * self.lora_B[name].T
+            stack_A.append(F.pad(A, (0, 0, 0, rank - len(A))))
+            stack_B.append(F.pad(B, (0, 0, 0, rank - len(B))))
+        self.stack_A, self.stack_B = (torch.cat(stack).to(self.weight.dtype) for stack in (stack_A, stack_B))
+
+
+class RMSNorm(torch.nn.Module):
+    """The RMS norm of queries and keys, one kernel instead of diffusers' seven."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.dim, self.weight, self.eps)
+
+
+class Asked:
+    """Whom the layers of a network answer as; see LoRALinear."""
+    name = rows = None
+
+
+class SD3:
+    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer, each asked for by
+    name, per sample. A teacher that is no LoRA but a whole transformer of its own stands beside the base in
+    `full`.
+
+    dtype is the frozen networks', and what LoRAs are computed in; trained weights, latents, guidance and SDE
+    are float32. use_t5=False leaves out the largest text encoder (its tokens are zeros, as in diffusers);
+    offload keeps the text encoders in the CPU's memory but while they encode. max_sequence_length is T5's, in
+    tokens."""
 
     def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False,
                  max_sequence_length=256):
@@ -190,11 +246,15 @@ class SD3:
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
         self.sources = {"base": model}  # what each name was loaded from
-        self.peft, self.routes = None, []  # the transformer in its PeftModel, once there is an adapter; [(adapter, rows)]
-        torch.backends.cuda.matmul.allow_tf32 |= dtype != torch.float32  # the trained LoRA's inputs are of half precision anyway
+        self.asked, self.trained = Asked(), None
+        self.adapters = {}  # {name: [A, B, A, B, ...]}
+        self.stacked = {}  # {frozen adapter: how often its weights had been written when they were stacked}
         self.text_encoders = [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+        if torch.device(device).type == "cuda":
+            for tensor in self._offloaded():
+                tensor.data = tensor.data.pin_memory()
         if gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            self.transformer.enable_gradient_checkpointing(self._checkpointed)
         t5 = self.pipe.tokenizer_3
         self.max_length = max_sequence_length if t5 is None else min(max_sequence_length, t5.model_max_length)
         scheduler = self.pipe.scheduler
@@ -250,10 +310,10 @@ class SD3:
     def encode(self, prompts):
         """list of B strings -> (embeds (B, L, D), pooled (B, P)); a prompt that stands there twice is encoded once."""
         unique = list(dict.fromkeys(prompts))
-        tensors = [t for e in self.text_encoders for t in (*e.parameters(), *e.buffers())] if self.offload else []
+        tensors = self._offloaded()
         resting = [t.data for t in tensors]
         for t in tensors:
-            t.data = t.data.to(self.device)
+            t.data = to_device(t.data, self.device)
         parts = []
         for i in range(0, len(unique), 16):
             texts = unique[i:i + 16]
@@ -262,8 +322,13 @@ class SD3:
             parts.append((embeds.to(self.dtype), pooled.to(self.dtype)))
         for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
             t.data = data
-        rows = [unique.index(p) for p in prompts]
+        rows = to_device([unique.index(p) for p in prompts], self.device)
         return tuple(torch.cat(kind)[rows] for kind in zip(*parts))
+
+    def _offloaded(self):
+        """What rests in the CPU's memory (pinned, if there is CUDA) while nothing is encoded."""
+        encoders = self.text_encoders if self.offload else []
+        return [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
 
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
         """v(x_t, t | cond) in float32, with classifier-free guidance v = v_uncond + g (v_cond - v_uncond).
@@ -276,9 +341,10 @@ class SD3:
         guided = [i for i, g in enumerate(scales) if g != 1]
         embeds, pooled, x_in = *cond, x
         if guided:
+            index = to_device(guided, x.device)
             embeds = torch.cat([embeds, self.null[0].expand(len(guided), -1, -1)])
             pooled = torch.cat([pooled, self.null[1].expand(len(guided), -1)])
-            x_in = torch.cat([x, x[guided]])
+            x_in = torch.cat([x, x[index]])
             names += [names[i] for i in guided]
         v = self._forward(x_in.to(self.dtype), t, embeds, pooled, names).float()
         if not guided:
@@ -286,50 +352,76 @@ class SD3:
         v_cond, v_uncond = v[:len(x)], v[len(x):]
         if len(guided) == len(x) and len(set(scales)) == 1:
             return v_uncond + scales[0] * (v_cond - v_uncond)
-        g, index = to_device([scales[i] for i in guided], x.device).view(-1, 1, 1, 1), to_device(guided, x.device)
+        g = to_device([scales[i] for i in guided], x.device).view(-1, 1, 1, 1)
         return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
 
     def _forward(self, x, t, embeds, pooled, names):
-        """The network of every sample's name at (x, t). The adapters of a batch share a forward, each with one slice of the rows."""
-        alone = next((n for n in names if n in self.full), None)
-        if alone and set(names) != {alone}:  # one network at a time
-            v = torch.empty_like(x)
-            for rows in ([i for i, n in enumerate(names) if n == alone], [i for i, n in enumerate(names) if n != alone]):
-                v[rows] = self._forward(x[rows], t, embeds[rows], pooled[rows], [names[i] for i in rows])
+        """The network of every sample's name at (x, t). The base and all frozen adapters share a forward; the
+        adapter in training and every full fine-tune have one of their own."""
+        assert set(names) <= {"base", *self.full, *self.adapters}, names
+        apart = next((n for n in names if n in self.full or n == self.trained), None)
+        if apart and set(names) != {apart}:
+            v = torch.zeros_like(x)
+            for together in (True, False):
+                rows = [i for i, n in enumerate(names) if (n == apart) == together]
+                index = to_device(rows, x.device)
+                part = self._forward(x[index], t, embeds[index], pooled[index], [names[i] for i in rows])
+                v = v.index_copy(0, index, part)
             return v
-        assert set(names) <= {"base", *self.full, *(self.peft.peft_config if self.peft else ())}, names
-        counts = Counter(names)
-        order = sorted(range(len(names)), key=lambda i: list(counts).index(names[i]))
-        ends = itertools.accumulate(counts.values())
-        routes = [(n, slice(end - counts[n], end)) for n, end in zip(counts, ends) if n != "base" and n != alone]
-        if sorted_here := order != list(range(len(names))):
-            index = to_device(order, x.device)
-            x, embeds, pooled = x[index], embeds[index], pooled[index]
-        before, self.routes = self.routes, routes
         timestep = torch.full((len(x),), t * self.pipe.scheduler.config.num_train_timesteps, device=x.device)
-        try:
-            v = self.full.get(alone, self.transformer)(
+        with self._asking(apart, None if set(names) <= {"base", apart} else self._rows(names)):
+            return self.full.get(apart, self.transformer)(
                 hidden_states=x, timestep=timestep, encoder_hidden_states=embeds, pooled_projections=pooled,
                 return_dict=False)[0]
-        finally:
-            self.routes = before
-        return v[index.argsort()] if sorted_here else v
 
-    def _lora_forward(self, layer, x):
-        """A linear layer's W x + alpha/r B A x, every row with its own adapter's A and B."""
-        y = layer.base_layer(x)
-        for name, rows in self.routes:
-            if name in layer.lora_A:
-                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-                dtype = A.dtype if A.requires_grad else x.dtype
-                whole = rows == slice(0, len(x)) or rows is None
-                few = F.linear((x if whole else x[rows]).to(dtype), A.to(dtype)) * layer.scaling[name]
-                delta = F.linear(few, B.to(dtype)).to(y.dtype)
-                if whole:
-                    y = y + delta
-                else:
-                    y[rows] += delta
-        return y
+    @contextlib.contextmanager
+    def _asking(self, name, rows):
+        before = self.asked.name, self.asked.rows
+        self.asked.name, self.asked.rows = name, rows
+        try:
+            yield
+        finally:
+            self.asked.name, self.asked.rows = before
+
+    def _checkpointed(self, block, *inputs):
+        """A block under gradient checkpointing: computed again in the backward pass, it asks whom the forward
+        asked, whoever was asked since."""
+        name, rows = self.asked.name, self.asked.rows
+
+        def run(*inputs):
+            with self._asking(name, rows):
+                return block(*inputs)
+        return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
+
+    def _rows(self, names):
+        """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
+        zero. The stacks are made anew when weights that are asked have been written since (PyTorch counts
+        writes), as the moving average's are between two evaluations."""
+        written = {n: sum(p._version for p in self.adapters[n]) for n in set(names) - {"base"}}
+        if not written.items() <= self.stacked.items():
+            frozen = [n for n in self.adapters if n != self.trained]
+            self.ranks = {n: max(len(A) for A in self.adapters[n][::2]) for n in frozen}
+            self.stacked = {n: sum(p._version for p in self.adapters[n]) for n in frozen}
+            for layer in self.transformer.modules():
+                if isinstance(layer, LoRALinear):
+                    layer.stack(self.ranks)
+        first = dict(zip(self.ranks, itertools.accumulate(self.ranks.values(), initial=1)))
+        most = max(self.ranks[n] for n in written)
+        rows = torch.zeros(len(names), most, dtype=torch.long)
+        for i, n in enumerate(names):
+            if n != "base":
+                rows[i, :self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
+        return to_device(rows, self.device)
+
+    def compile(self, **options):
+        """torch.compile for the blocks of all networks (options: its own). A graph serves all blocks of a
+        kind and all mixes of frozen adapters; every other number of rows is another graph. Rather than leave
+        anything uncompiled, it raises an error."""
+        torch._dynamo.config.recompile_limit = 256
+        for network in (self.transformer, *self.full.values()):
+            for block in network.modules():
+                if type(block).__name__ in network._no_split_modules:
+                    block.compile(fullgraph=True, dynamic=False, **options)
 
     @torch.no_grad()
     def decode(self, latents, names=None):
@@ -360,10 +452,15 @@ class SD3:
             pass
         return self.decode(step.x_next, adapter if strict else None)
 
+    @torch.no_grad()
     def save_pipeline(self, folder, name):
         """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use after it."""
-        if self.peft is not None:
-            self.pipe.transformer = self.peft.merge_and_unload(adapter_names=[name])
+        for layer in self.transformer.modules():
+            if isinstance(layer, LoRALinear):
+                if name in layer.lora_A:
+                    layer.weight += layer.scaling[name] * layer.lora_B[name] @ layer.lora_A[name]
+                del layer.lora_A, layer.lora_B
+                layer.__class__ = torch.nn.Linear
         self.pipe.vae.to(self.dtype)
         folder = folder.rstrip("/")
         self.pipe.save_pretrained(folder + ".new")
@@ -393,10 +490,14 @@ class SD3:
 
     def new_adapter(self, name, rank, alpha, seed=0):
         """An untrained LoRA on the eight attention projections: A Gaussian, B zero, so it starts as the base."""
-        from peft import LoraConfig
-        modules = [n for n, _ in self.pipe.transformer.named_modules() if n.endswith(tuple("." + s for s in TARGETS))]
         torch.manual_seed(seed)
-        self._attach(name, LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=modules))
+        lora = {}
+        for n, layer in linear_layers(self.transformer).items():
+            if n.endswith(tuple("." + s for s in TARGETS)):
+                A = torch.nn.Linear(layer.in_features, rank, bias=False).weight
+                B = torch.nn.Linear(rank, layer.out_features, bias=False).weight  # drawn as peft draws it
+                lora[n] = torch.nn.init.normal_(A, std=1 / rank), torch.zeros_like(B), alpha
+        self.add_adapter(name, lora)
 
     def load_adapter(self, name, path):
         """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit; what does not is named."""
@@ -404,11 +505,22 @@ class SD3:
         self.sources[name] = path
 
     def add_adapter(self, name, lora):
-        """An adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the module's weight."""
-        self._attach(name, lora_config(lora))
-        with torch.no_grad():
-            for (n, kind), p in self.weights(name).items():
-                p.copy_(lora[n][0 if kind == "A" else 1])
+        """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the
+        weights."""
+        if hasattr(torch.nn.ParameterDict(), name):
+            die(f"{name}: PyTorch uses that name itself; call the task or model something else")
+        layers = linear_layers(self.transformer)
+        for n, (A, B, alpha) in lora.items():
+            layer = layers[n]
+            if not isinstance(layer, LoRALinear):
+                layer.__class__, layer.asked, layer.scaling = LoRALinear, self.asked, {}
+                layer.lora_A, layer.lora_B = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+            for weights, new in ((layer.lora_A, A), (layer.lora_B, B)):
+                new = new.detach().to(self.device, torch.float32, copy=True)
+                weights[name] = torch.nn.Parameter(new, requires_grad=False)
+            layer.scaling[name] = alpha / len(A)
+        self.adapters[name] = list(self.weights(name).values())
+        self.stacked.pop(name, None)
 
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
@@ -417,42 +529,33 @@ class SD3:
 
     def copy_adapter(self, source, name):
         """A frozen twin of an adapter under another name."""
-        import copy
-        self._attach(name, copy.deepcopy(self.peft.peft_config[source]))
+        self.add_adapter(name, self.lora(source))
         self.sources[name] = f"from {source}"
-        with torch.no_grad():
-            for p, q in zip(self.weights(name).values(), self.weights(source).values(), strict=True):
-                p.copy_(q)
 
     def train_adapter(self, name):
-        """Make this adapter the active one and the only one with gradients; returns its parameters (float32)."""
-        self.peft.requires_grad_(False)
-        self.routes = [(name, None)]
-        return [p.requires_grad_(True) for p in self.weights(name).values()]
+        """Make this adapter the only one with gradients; returns its parameters (float32)."""
+        self.trained = name
+        for other, params in self.adapters.items():
+            for p in params:
+                p.requires_grad_(other == name)
+        return self.adapters[name]
 
     def weights(self, name):
         """{(module, "A" or "B"): parameter} of an adapter."""
         found = {}
         for key, p in self.pipe.transformer.named_parameters():
-            if m := re.fullmatch(rf"(.+)\.lora_([AB])\.{name}\.weight", key):
+            if m := re.fullmatch(rf"(.+)\.lora_([AB])\.{name}", key):
                 found[m[1], m[2]] = p
         return found
 
-    def _attach(self, name, config):
-        from peft import PeftModel
-        if hasattr(torch.nn.ModuleDict(), name):
-            die(f"{name}: PyTorch uses that name itself; call the task or model something else")
-        if self.peft is None:
-            self.peft = PeftModel(self.pipe.transformer, config, adapter_name=name)
-        else:
-            self.peft.add_adapter(name, config)
-        for p in self.weights(name).values():
-            p.data = p.data.float()
-            p.requires_grad_(False)
-        for layer in self.pipe.transformer.modules():
-            if hasattr(layer, "lora_A"):  # peft keeps the weights, but its forward for several adapters waits for the GPU in every layer
-                layer.forward = functools.partial(self._lora_forward, layer)
-        self.peft.eval()
+
+
+def fuse_norms(network):
+    """Give a network of diffusers PyTorch's RMS norm."""
+    from diffusers.models.normalization import RMSNorm as TheirRMSNorm
+    for module in network.modules():
+        if type(module) is TheirRMSNorm and module.bias is None:
+            module.__class__ = RMSNorm
 
 
 def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
@@ -515,6 +618,7 @@ def load_network(kind, folder, dtype, device):
     if wrong:
         die(f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}")
     network.requires_grad_(False).eval().to(device)
+    fuse_norms(network)
     for key, weight in network.state_dict().items():
         if weight.is_floating_point() and not torch.stack(weight.aminmax()).isfinite().all():
             die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
@@ -522,9 +626,8 @@ def load_network(kind, folder, dtype, device):
 
 
 def linear_layers(network):
-    """{module name as in the bare network: its linear layer}, whether adapters stand on it or not."""
-    return {n.removesuffix(".base_layer"): m for n, m in network.named_modules()
-            if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
+    """{module name: its linear layer}."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
 def skeleton(model):
@@ -838,9 +941,13 @@ def die(message):
     raise SystemExit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
-def report(kind, error, trace):
-    """sys.excepthook: a full disk is no bug, so it gets one line too."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def report(flags, kind, error, trace):
+    """sys.excepthook: a full disk or GPU is no bug, so it gets one line too. flags: what the script can save
+    memory with."""
+    if isinstance(error, torch.OutOfMemoryError):
+        print(f"{os.path.basename(sys.argv[0])}: the GPU's memory is full; less of it is needed with "
+              f"{', '.join(flags)} ({str(error).splitlines()[0][:160]})", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         print(f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
               f"saved before is whole. Make room, then {go_on}", file=sys.stderr)
     else:
@@ -855,9 +962,11 @@ def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
     fit it. parser.given: the names of what was typed."""
     global go_on
-    resumes = any("--resume" in action.option_strings for action in parser._actions)
-    go_on = "--resume auto goes on" if resumes else "the same command goes on"
-    sys.excepthook = report
+    known = parser._option_string_actions
+    go_on = "--resume auto goes on" if "--resume" in known else "the same command goes on"
+    batch = "--micro-batch-size 1" if "--micro-batch-size" in known else "--batch-size 1"
+    frugal = [batch, "--eval-batch-size 1", "--gradient-checkpointing", "--offload-text-encoders", "--no-t5"]
+    sys.excepthook = functools.partial(report, [flag for flag in frugal if flag.split()[0] in known])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
@@ -1080,6 +1189,35 @@ def reduce_gradients(params, count):
         p.grad = g.view_as(p)
 
 
+def what_fits(model, most, shape, guidance):
+    """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
+    until a step of a rollout, labelled and learnt, fits into the memory of every process's GPU. guidance: of
+    what is trained."""
+    size, params = min(most, 16), model.adapters[model.trained]
+    while torch.device(model.device).type != "cpu":
+        failed = 0.0
+        try:
+            later = [torch.empty_like(p) for p in params for _ in range(4)]  # for AdamW and the reduction
+            x = torch.zeros(size, *shape, device=model.device)
+            cond = [c.expand(size, *c.shape[1:]) for c in model.null]
+            v = model.velocity(x, 0.5, cond, model.trained, guidance)
+            with torch.no_grad():
+                model.velocity(x, 0.5, cond, "base", 2.0)
+            v.sum().backward()
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            failed = 1.0
+        x = v = later = None
+        for p in params:
+            p.grad = None
+        torch.cuda.empty_cache()
+        if not reduce_sum(torch.tensor(failed, device=model.device)).item():
+            break
+        size //= 2
+    return size
+
+
 def reduce_sum(tensor):
     """The sum of a tensor over all processes, in place; the tensor lies on the process's device."""
     if torch.distributed.is_initialized():
@@ -1173,7 +1311,7 @@ def run_identity(args, processes, files, *free):
     content of its files {what: path}."""
     free = {*free, "steps", "out", "resume", "overwrite", "track", "save_every", "keep", "eval_every",
             "eval_num_steps", "eval_batch_size", "micro_batch_size", "offload_text_encoders",
-            "gradient_checkpointing",
+            "gradient_checkpointing", "compile",
             "model", "prompts", "eval_prompts", "teachers", "anchor", "init",  # these by content
             "batch_size"}  # by its sum: fewer processes with more prompts each are the same run
     return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {

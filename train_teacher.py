@@ -25,7 +25,8 @@ from flow_sde import (SD3, StopSignal, centred_log_ratio, clipped_surrogate, die
                       generators, kl, load_prompts, log_prob, own_folder, parse_args, parse_specs,
                       pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, refuse_given,
                       resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid, save_lora,
-                      start_processes, start_run, transition, update_average, write_json)
+                      start_processes, start_run, to_device, transition, update_average, what_fits,
+                      write_json)
 from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
@@ -57,7 +58,7 @@ add("--same-noise", action=argparse.BooleanOptionalAction,
 add = parser.add_argument_group("learning").add_argument
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
-add("--micro-batch-size", type=int, default=6, help="samples per forward")
+add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
 add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each on its share of the samples (paper: 2)")
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
@@ -76,6 +77,7 @@ add("--no-t5", action="store_true", help="leave out the T5 text encoder, the lar
 add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
+add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-every", type=int, default=50, help="rollouts between validations and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
@@ -132,8 +134,12 @@ model.copy_adapter("teacher", "ema")
 params, ema = model.train_adapter("teacher"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = model.sigmas(args.num_steps, args.resolution)
+if args.compile:
+    model.compile()
+micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 if rank == 0:
-    print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a rollout, "
+    print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; "
+          f"{samples * world} pictures a rollout, {micro} at once, "
           f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
 files = {"base": args.model, "init": init,
          **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
@@ -229,14 +235,15 @@ for step in range(start, args.steps + 1):
     conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
     trajectories, scorer = [], Scorer(rewards, prompts, stop)  # pictures are scored while the next ones are sampled
     with torch.no_grad():
-        for i in range(0, samples, args.micro_batch_size):
+        for i in range(0, samples, micro):
             if stop.name:
                 break
-            rows, g = batch[i:i + args.micro_batch_size], gens[i:i + args.micro_batch_size]
-            cond = [c[torch.arange(i, i + len(rows)) // args.group_size] for c in conds]
+            rows, g = batch[i:i + micro], gens[i:i + micro]
+            group = to_device(torch.arange(i, i + len(rows)) // args.group_size, device)
+            cond = [c[group] for c in conds]
             draw = lambda: randn(g, shape, device)
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
-            steps = list(rollout(velocity, first_noise[i:i + args.micro_batch_size], sigmas, noise_levels, args.sde, draw))
+            steps = list(rollout(velocity, first_noise[i:i + micro], sigmas, noise_levels, args.sde, draw))
             trajectories.append([steps[k] for k in trained])
             try:
                 scorer.submit(model.decode(steps[-1].x_next), rows)
@@ -268,10 +275,10 @@ for step in range(start, args.steps + 1):
         if count == 0:
             continue
         optimizer.zero_grad()
-        for i in range(0, len(share), args.micro_batch_size):
+        for i in range(0, len(share), micro):
             if k == 0 and stop.name:  # later ones follow an update made, and are finished
                 break
-            rows = share[i:i + args.micro_batch_size]
+            rows = to_device(share[i:i + micro], device)
             cond = [c[rows // args.group_size] for c in conds]
             for s in trajectory:
                 x, x_next = s.x[rows], s.x_next[rows]

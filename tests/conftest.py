@@ -89,13 +89,15 @@ def table(folder):
 
 
 def distill(loras, out, **changes):
-    """Run distill.py for a few quick updates on the random teachers, without a table; keyword arguments change its flags."""
+    """Run distill.py for a few quick updates on the random teachers, without a table; keyword arguments
+    change its flags (None: not given)."""
     flags = {"teachers": [f"{t}={loras[t]}" for t in TASKS], "init": loras["student"], "anchor": loras["anchor"], "batch_size": 6,
              "micro_batch_size": 6, "num_steps": 4, "steps": 1, "save_every": 100, "eval_every": 100, "eval_num_steps": 2,
              "eval_prompts": [], "reward": [], "out": out} | changes
     argv = []
     for flag, value in flags.items():
-        argv += ["--" + flag.replace("_", "-"), *(value if isinstance(value, list) else [value])]
+        if value is not None:
+            argv += ["--" + flag.replace("_", "-"), *(value if isinstance(value, list) else [value])]
     return run("distill.py", *argv)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, TASKS, lora_of, random_lora, refused, run
 
-from flow_sde import SD3, generators, merge_loras, randn, save_lora, truncate_lora
+from flow_sde import (SD3, generators, linear_layers, merge_loras, randn, save_lora, truncate_lora,
+                      update_average)
 
 BASE = os.path.join(ROOT, "toy/base")
 PROMPTS = ["two red circles and one blue square", 'a yellow sign saying "HAT"', "a red house and two pines on snow at night"]
@@ -65,7 +66,8 @@ def test_teachers_between_forward_and_backward_do_not_cost_the_student_its_gradi
     x, t, cond = inputs(model)
     params, grads = model.train_adapter("student"), []
     for checkpointing, ask_teacher in ((False, False), (False, True), (True, True)):
-        (model.pipe.transformer.enable_gradient_checkpointing if checkpointing else model.pipe.transformer.disable_gradient_checkpointing)()
+        if checkpointing:
+            model.transformer.enable_gradient_checkpointing(model._checkpointed)
         loss = model.velocity(x, t, cond, "student", 2.0).square().mean()
         if ask_teacher:
             with torch.no_grad():
@@ -77,6 +79,75 @@ def test_teachers_between_forward_and_backward_do_not_cost_the_student_its_gradi
     silent = [n for n, g in zip(model.weights("student"), grads[0]) if g.abs().max() == 0]
     assert all(n.endswith("3.attn.add_q_proj") for n, _ in silent)  # the last block's text queries lead nowhere, in any SD3
     assert not any(p.requires_grad for p in model.weights("ocr").values())
+
+
+def test_adapters_of_any_rank_on_any_layers():
+    """Also on layers whose input has no tokens (the modulation, (B, D)), and on layers that only some
+    adapters have: each row is the network with its adapter's delta added to the weights, and so is the
+    gradient of the adapter in training, also under gradient checkpointing, with a full fine-tune and frozen
+    adapters in the same batch."""
+    model, gen = SD3(BASE), torch.Generator().manual_seed(0)
+    targets = {"low": (2, ["0.norm1.linear", "1.attn.to_q"]), "high": (7, ["1.attn.to_q", "2.ff.net.2"]),
+               "student": (3, ["0.norm1.linear", "2.attn.add_k_proj"])}
+    dense = {name: SD3(BASE) for name in (*targets, "base")}
+    for name, (rank, modules) in targets.items():
+        lora = {}
+        for n in modules:
+            weight = linear_layers(model.transformer)["transformer_blocks." + n].weight
+            A = torch.randn(rank, weight.shape[1], generator=gen) / 9
+            B = torch.randn(len(weight), rank, generator=gen) / 9
+            lora["transformer_blocks." + n] = A, B, 5.0
+            linear_layers(dense[name].transformer)["transformer_blocks." + n].weight += 5.0 / rank * B @ A
+        model.add_adapter(name, lora)
+    params = model.train_adapter("student")
+    model.full["full"] = dense["high"].transformer
+    x, t, cond = inputs(model, 5)
+    names, guidance = ["low", "student", "high", "base", "full"], [1.0, 2.0, 1.0, 3.0, 2.0]
+
+    def gradients(v):
+        return torch.autograd.grad((v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum(), params)
+    v = model.velocity(x, t, cond, names, guidance)
+    for i, (name, g) in enumerate(zip(["low", "student", "high", "base", "high"], guidance)):
+        expected = dense[name].velocity(x[i:i + 1], t, [c[i:i + 1] for c in cond], guidance=g)
+        assert torch.allclose(v[i:i + 1], expected, atol=2e-5), name
+    exact = gradients(v)
+    layers = linear_layers(dense["student"].transformer)
+    weights = [layers[n].weight.requires_grad_() for n in model.lora("student")]
+    alone = dense["student"].velocity(x[1:2], t, [c[1:2] for c in cond], guidance=2.0)
+    loss = (alone * torch.linspace(-1, 1, v.numel()).view_as(v)[1:2]).sum()
+    for i, dW in enumerate(torch.autograd.grad(loss, weights)):
+        (A, B), (dA, dB) = params[2 * i:2 * i + 2], exact[2 * i:2 * i + 2]
+        assert torch.allclose(dA, 5 / 3 * B.T @ dW, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(dB, 5 / 3 * dW @ A.T, rtol=1e-4, atol=1e-5)
+    model.transformer.enable_gradient_checkpointing(model._checkpointed)
+    v = model.velocity(x, t, cond, names, guidance)
+    with torch.no_grad():
+        model.velocity(x, t, cond, "low")
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(v), exact))
+    # a frozen adapter in whose graph something else is: a reward's gradient with respect to the state
+    for checkpointing in (True, False):
+        x = x.detach().requires_grad_()
+        v = model.velocity(x, t, cond, ["low", "high"] * 2 + ["base"])
+        with torch.no_grad():
+            model.velocity(x, t, cond, "student")
+        found = torch.autograd.grad(v.square().sum(), x)[0]
+        before = found if checkpointing else before
+        model.transformer.disable_gradient_checkpointing()
+    assert torch.allclose(found, before, atol=1e-5) and found.abs().max() > 0
+
+
+def test_frozen_adapters_are_asked_as_they_are_now(model):
+    """The copies that a batch gathers from are made anew when the weights have been written, as the moving
+    average's are."""
+    x, t, cond = inputs(model)
+    asked = lambda name: model.velocity(x, t, cond, [name, "scene", "base"])
+    model.copy_adapter("ocr", "ema")
+    assert torch.equal(asked("ema"), asked("ocr"))
+    model.add_adapter("ema", model.lora("compose"))
+    assert torch.equal(asked("ema"), asked("compose"))
+    update_average(model.adapters["ema"], model.adapters["scene"], 0.5, 1)
+    assert torch.equal(asked("ema"), asked("scene"))
+    assert min((asked("scene") - asked(name))[0].abs().max() for name in ("ocr", "compose")) > 1e-3
 
 
 def test_a_saved_lora_is_the_same_for_us_peft_and_diffusers(loras, tmp_path):
@@ -151,21 +222,37 @@ def test_a_lora_that_does_not_fit_is_named(loras, tmp_path):
 
 
 def test_compiled_blocks_ask_the_adapters_of_the_moment(model):
-    """torch.compile (peft's own routing is silently ignored by it): blocks traced under one routing answer under the next as they should."""
+    """torch.compile, which silently ignores peft's own routing: two graphs (of the last block and of all
+    others) serve all mixes of frozen adapters, three the student with its gradient; every mix answers as it
+    should, and none is computed uncompiled."""
     x, t, cond = inputs(model, 4)
-    asked = [["student"] * 4, ["ocr", "base", "compose", "student"], ["compose"] * 4, ["ocr", "ocr", "compose", "compose"], ["base"] * 4]
-    with torch.no_grad():
-        plain = [model.velocity(x, t, cond, names) for names in asked]
+    mixes = [["ocr", "base", "compose", "scene"], ["compose"] * 4, ["ocr", "ocr", "anchor", "scene"]]
+    graphs = []
+
+    def ask():
+        with torch.no_grad():
+            velocities = [model.velocity(x, t, cond, names) for names in mixes]
+        v = model.velocity(x, t, cond, "student")
+        return *velocities, v, *torch.autograd.grad(v.square().sum(), model.adapters["student"])
+
+    plain = ask()
+    try:
+        model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        compiled = ask()
+        assert len(graphs) == 5
+        model.transformer.enable_gradient_checkpointing(model._checkpointed)
+        again = ask()
+        assert len(graphs) == 5
+        with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="fullgraph=True"):
+            model.velocity(x[:3], t, [c[:3] for c in cond], "scene")
+    finally:
+        model.transformer.disable_gradient_checkpointing()
         for block in model.transformer.transformer_blocks:
-            block.compile(backend="eager")
-        try:
-            for names, v in zip(asked, plain):
-                assert torch.allclose(model.velocity(x, t, cond, names), v, atol=1e-4), names
-        finally:
-            for block in model.transformer.transformer_blocks:
-                block._compiled_call_impl = None
-            torch._dynamo.reset()
-    assert min((a - b).abs().max() for i, a in enumerate(plain) for b in plain[:i]) > 1e-3
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+    for a, b, c in zip(plain, compiled, again):
+        assert torch.allclose(a, b, atol=1e-4) and torch.allclose(a, c, atol=1e-4)
+    assert min((a - b).abs().max() for i, a in enumerate(plain[:4]) for b in plain[:i]) > 1e-3
 
 
 DYNAMIC = {"use_dynamic_shifting": True}

@@ -1,0 +1,206 @@
+"""Every script on a GPU that is none: tensors that say they are on "gpu:0", but their numbers lie on the CPU.
+Tensors of two devices in one operation are refused as CUDA refuses them, and whatever would make the CPU wait
+for a GPU is counted, by the line of the script."""
+
+import collections
+import linecache
+import os
+import sys
+import threading
+import types
+
+import accelerate
+import pytest
+import torch
+from conftest import ROOT, TASKS, distill, few, read_log, run
+from torch.utils import _pytree as tree
+from torch.utils import backend_registration
+from torch.utils import _python_dispatch as dispatch
+
+import flow_sde
+from flow_sde import SD3, to_device
+
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("this PyTorch has no devices made in Python", allow_module_level=True)
+A, GPU = torch.ops.aten, "gpu:0"
+INDEXING = (A.index.Tensor, A.index_put.default, A.index_put_.default, A._index_put_impl_.default)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the GPU that is none; `numbers` holds what it is."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype, device=GPU)
+        self.numbers = numbers
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return Pretend.main.__torch_dispatch__(func, types, args, kwargs)
+
+
+class Pretend(dispatch.TorchDispatchMode):
+    """Computes every operation on the CPU, having checked that a GPU could, and counts the waits: {(what,
+    line of the script): times}."""
+    main = None
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+        Pretend.main = Pretend.main or self
+
+    def note(self, what):
+        frame = sys._getframe(2)
+        while frame:
+            code = frame.f_code
+            if code.co_name == "<module>" and os.path.dirname(code.co_filename) == ROOT:
+                self.waits[what, linecache.getline(code.co_filename, frame.f_lineno).strip()] += 1
+                break
+            frame = frame.f_back
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        gpu, cpu = ([t for t in tensors if isinstance(t, OnGPU) == there] for there in (True, False))
+        device = kwargs.get("device")
+        there = bool(gpu) if device is None else torch.device(device).type == "gpu"
+        copy = func is A._to_copy.default
+        if copy and there != bool(gpu) and not kwargs.get("non_blocking"):
+            self.note("copy")
+        elif func is A.copy_.default and gpu and cpu:
+            self.note("copy")
+        elif func is A._local_scalar_dense.default and gpu:
+            self.note("number")
+        elif func in INDEXING and gpu:
+            if any(i is not None and (not isinstance(i, OnGPU) or i.dtype == torch.bool) for i in args[1]):
+                self.note("index")
+        elif not copy and gpu and any(t.dim() for t in cpu):
+            raise RuntimeError(f"tensors of two devices in {func}")
+        inside = lambda t: t.numbers if isinstance(t, OnGPU) else t
+        a, k = tree.tree_map(inside, (args, kwargs))
+        with dispatch._disable_current_modes():
+            out = func(*a, **k | ({"device": "cpu"} if device is not None else {}))
+        if not there:
+            return out
+        out = tree.tree_map(lambda t: OnGPU(t) if isinstance(t, torch.Tensor) else t, out)
+        aliased = gpu and isinstance(args[0], torch.Tensor)
+        return dispatch.return_and_correct_aliasing(func, args, kwargs, out) if aliased else out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """All tensors of a script on the pretended GPU; the waits of its last update or, without updates, of
+    all."""
+    if not hasattr(torch, "gpu"):
+        backend_registration._setup_privateuseone_for_python_backend("gpu")
+        torch.gpu.get_amp_supported_dtype = lambda: [torch.float16]  # which gradient checkpointing asks for ever after
+    waits = collections.Counter()
+    tolist, pick, start = torch.Tensor.tolist, flow_sde.pick_prompts, threading.Thread.run
+    process = types.SimpleNamespace(
+        process_index=0, num_processes=1, device=torch.device(GPU), gather=lambda t: t,
+        wait_for_everyone=lambda: None, end_training=lambda: None)
+    monkeypatch.setattr(flow_sde, "start_processes", lambda *a: process)
+    monkeypatch.setattr(accelerate, "PartialState", lambda: process)
+    monkeypatch.setattr(flow_sde, "to_device", lambda v, to: torch.as_tensor(v).to(to, non_blocking=True))
+    monkeypatch.setattr(flow_sde, "pick_prompts", lambda *a: waits.clear() or pick(*a))
+
+    def waiting_tolist(tensor):
+        if isinstance(tensor, OnGPU):
+            Pretend.main.note("number")
+        return tolist(getattr(tensor, "numbers", tensor))
+    monkeypatch.setattr(torch.Tensor, "tolist", waiting_tolist)
+
+    def in_thread(self):  # modes are a thread's own
+        torch._C._set_only_lift_cpu_tensors(True)
+        with Pretend(collections.Counter()):
+            start(self)
+    monkeypatch.setattr(threading.Thread, "run", in_thread)
+    lift = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the CPU, then copied
+    with Pretend(waits), torch.autograd.set_multithreading_enabled(False):
+        yield waits
+    Pretend.main = None
+    torch._C._set_only_lift_cpu_tensors(lift)
+
+
+def only_at(waits, *lines):
+    """Nothing waits but at lines of the script that contain one of these: none of them is passed more than
+    once an update."""
+    found = {key: times for key, times in waits.items() if not any(line in key[1] for line in lines)}
+    assert waits and not found, found
+
+
+@pytest.mark.parametrize("objective", ["kl", "ppo"])
+def test_distill(objective, loras, tmp_path, gpu):
+    paths = loras | ({"ocr": ROOT + "/toy/base/transformer"} if objective == "ppo" else {})  # a fine-tune
+    distill(loras, str(tmp_path), objective=objective, teachers=[f"{t}={paths[t]}" for t in TASKS],
+            batch_size=3, micro_batch_size=2, num_steps=3, guidance=2)
+    only_at(gpu, "model.encode(", "stop.arrived(", "norm = update()", "counts = ", "kls = ", "kl_to_anchor",
+            "kl_by_sigma", "save_checkpoint(", "save_lora(", "draw_grid()")
+
+
+def test_train_teacher(tmp_path, gpu):
+    run("train_teacher.py", "--steps", 1, "--batch-size", 2, "--group-size", 4, "--micro-batch-size", 4,
+        "--num-steps", 4, "--sde-window", 2, "--guidance", 2, "--eval-num-steps", 2,
+        "--eval-prompts", few("val", 3, str(tmp_path))[0], "--out", tmp_path)
+    only_at(gpu, "model.encode(", "stop.arrived(", "accelerator.gather(", "advantages(", "clip_grad_norm_(",
+            "kl_to_base", "save_checkpoint(", "save_lora(", "validate(", "draw_grid()")
+
+
+def test_sft(tmp_path, loras, gpu):
+    run("cold_start.py", "sft", "--teachers", *[f"{t}={loras[t]}" for t in TASKS], "--steps", 1,
+        "--batch-size", 3, "--micro-batch-size", 2, "--num-steps", 3, "--guidance", 2, "--out", tmp_path)
+    only_at(gpu, "model.encode(", "stop.arrived(", "clip_grad_norm_(", "reduce_sum(kl_sum)",
+            "save_checkpoint(", "save_lora(")
+
+
+def test_pictures(tmp_path, loras, gpu):
+    """Drawing waits when its prompts are encoded, once for each text encoder, and not in its steps."""
+    encoders, flags = 3, ["--guidance", 2, "--out", tmp_path]
+    run("evaluate.py", "--models", "base", f"ocr={loras['ocr']}", "--tasks", few("test", 3, str(tmp_path))[1],
+        "--reward", "toy.ocr", "--eval-num-steps", 4, "--eval-batch-size", 2, *flags)
+    assert sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == 4 * encoders
+    only_at(gpu, "model = SD3(", "model.load_teacher(", "check_rewards(", "model.generate(", "stop.arrived(")
+    gpu.clear()
+    run("sample.py", "--lora", loras["ocr"], "--prompt", "a cup", "--num-images", 2, "--num-steps", 4, *flags)
+    assert sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == encoders
+    only_at(gpu, "model = SD3(", "model.load_adapter(", "model.generate(", ".cpu())")
+
+
+def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):
+    """Three samples do not fit, one does: the update is the same. What does not fit another process does not
+    fit this one. If not even one sample fits, or memory runs out later, the flags that help are named."""
+    most, velocity = 2, SD3.velocity
+
+    def limited(model, x, *args):
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return velocity(model, x, *args)
+    # with --model, the toy's own defaults are out of the way
+    flags = dict(model=ROOT + "/toy/base", prompts=few("train", 1, str(tmp_path)), resolution=32,
+                 dtype="float32", guidance=1, batch_size=3, num_steps=3, eval_num_steps=1, eval_batch_size=2)
+    distill(loras, str(tmp_path / "given"), **flags | dict(micro_batch_size=3))
+    monkeypatch.setattr(SD3, "velocity", limited)
+    flags["micro_batch_size"] = None
+    ours = distill(loras, str(tmp_path / "chosen"), **flags)
+    assert ours["micro"] == 1
+    given, chosen = (read_log(tmp_path / name)[0] for name in ("given", "chosen"))
+    assert all(chosen[key] == pytest.approx(given[key], rel=1e-4) for key in given if key != "seconds")
+    most, failures = 6, iter((1.0, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_sde, "reduce_sum", lambda failed: failed + next(failures))
+        assert flow_sde.what_fits(ours["model"], 6, ours["shape"], 1.0) == 3
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        distill(loras, str(tmp_path / "none"), **flags)
+    sys.excepthook(caught.type, caught.value, None)
+    assert ("less of it is needed with --micro-batch-size 1, --eval-batch-size 1, --gradient-checkpointing, "
+            "--offload-text-encoders, --no-t5") in capsys.readouterr().err
+
+
+def test_numbers_are_sent_to_every_kind_of_device(gpu):
+    """Apple's and Intel's too, not CUDA's only."""
+    assert to_device([1.0, 2.0], GPU).device.type == "gpu" and to_device([1.0], "cpu").device.type == "cpu"

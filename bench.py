@@ -106,7 +106,7 @@ def random_pipeline(folder, layers, heads, head_dim, dual, text, clip_layers, ch
                             up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16, layers_per_block=2, norm_num_groups=min(32, channels // 2),
                             sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
         t5 = args.t5 and T5EncoderModel(T5Config(
-            d_model=text, d_kv=64, d_ff=10240 if real else text, num_layers=24 if real else 1,
+            vocab_size=4 + len(signs), d_model=text, d_kv=64, d_ff=10240 if real else text, num_layers=24 if real else 1,
             num_heads=max(1, text // 64), feed_forward_proj="gated-gelu"))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((s, -4.0) for s in signs)]
     tokenizers = [CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")]

@@ -303,8 +303,8 @@ def take(place):
 
 
 def write_all():
-    """The thread that writes what was drawn; every batch is given to the rewards' threads when its files lie on
-    the disk."""
+    """The thread that writes what was drawn; every batch is given to the rewards' threads when its files lie
+    on the disk."""
     while (next_job := take(drawn)) is not None:
         (name, task, batch, unscored, missing), made = next_job
         if missing:
@@ -372,9 +372,11 @@ def guarded(work, *details):
 def draw_all():
     """The pictures that are not there yet, handed to the thread that writes them."""
     for job in jobs:
+        if stop.name:
+            return
         name, task, batch, _, missing = job
         made = None
-        if missing and not stop.name:
+        if missing:
             texts = [prompts[task][i]["prompt"] for i in batch]
             made = model.generate(texts, generators(args.seed, 0, batch), args.eval_num_steps, args.resolution,
                                   name, guidance[name], strict=False)

@@ -349,9 +349,11 @@ def walked_again(folder, base, boundary):
 
 
 def counter():
-    """torch's flop counter, which does not know the CPU's attention."""
+    """torch's flop counter, which does not know the CPU's attention, or products that are added in place."""
     cpu = torch.ops.aten
     return FlopCounterMode(display=False, custom_mapping={
+        cpu.addmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
+        cpu.baddbmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
         cpu._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **o: sdpa_flop_count(q, k, v),
         cpu._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **o: sdpa_backward_flop_count(g, q, k, v)})
 

@@ -391,7 +391,8 @@ class SD3:
         def run(*inputs):
             with self._asking(name, rows):
                 return block(*inputs)
-        return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(  # no dropout: nothing is drawn
+            run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _rows(self, names):
         """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is

@@ -508,6 +508,7 @@ class SD3:
     def add_adapter(self, name, lora):
         """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the
         weights."""
+        assert name not in self.adapters, f"there is an adapter {name} already"
         if hasattr(torch.nn.ParameterDict(), name):
             die(f"{name}: PyTorch uses that name itself; call the task or model something else")
         layers = linear_layers(self.transformer)
@@ -521,7 +522,6 @@ class SD3:
                 weights[name] = torch.nn.Parameter(new, requires_grad=False)
             layer.scaling[name] = alpha / len(A)
         self.adapters[name] = list(self.weights(name).values())
-        self.stacked.pop(name, None)
 
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""

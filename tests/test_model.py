@@ -143,11 +143,9 @@ def test_frozen_adapters_are_asked_as_they_are_now(model):
     asked = lambda name: model.velocity(x, t, cond, [name, "scene", "base"])
     model.copy_adapter("ocr", "ema")
     assert torch.equal(asked("ema"), asked("ocr"))
-    model.add_adapter("ema", model.lora("compose"))
-    assert torch.equal(asked("ema"), asked("compose"))
     update_average(model.adapters["ema"], model.adapters["scene"], 0.5, 1)
     assert torch.equal(asked("ema"), asked("scene"))
-    assert min((asked("scene") - asked(name))[0].abs().max() for name in ("ocr", "compose")) > 1e-3
+    assert (asked("scene") - asked("ocr"))[0].abs().max() > 1e-3
 
 
 def test_a_saved_lora_is_the_same_for_us_peft_and_diffusers(loras, tmp_path):

@@ -19,9 +19,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, WEIGHTINGS, StopSignal, clear_folder, die, end_processes, generators, kl, listing,
-                      load_prompts, merge_loras, own_folder, parse_args, parse_specs, pick_prompts,
-                      plot_curves, randn, read_lora, reduce_gradients, reduce_sum, refuse_given,
+from flow_sde import (WEIGHTINGS, StopSignal, clear_folder, die, end_processes, generators, kl, learnt,
+                      listing, load_model, load_prompts, merge_loras, own_folder, parse_args, parse_specs,
+                      pick_prompts, plot_curves, randn, read_lora, reduce_gradients, reduce_sum, refuse_given,
                       resume_checkpoint, rollout, run_identity, save_checkpoint, save_lora, skeleton,
                       start_processes, start_run, step_weights, transition, truncate_lora, update_average,
                       what_fits, write_json)
@@ -47,9 +47,9 @@ add = parser.add_argument_group("sft").add_argument
 add("--prompts", nargs="+", metavar="TASK=FILE",
     help="every teacher's prompts (.txt, .jsonl, .json, .csv, .tsv)")
 add("--init", help="LoRA to start from (default: an untrained one)")
-add("--resolution", type=int, default=512, help="pixels")
+add("--resolution", type=int, help="pixels (default: the model's)")
 add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
-add("--guidance", type=float, default=4.5, help="classifier-free guidance of student and teachers without their own")
+add("--guidance", type=float, help="classifier-free guidance of student and teachers without their own (default: the model's; paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
@@ -60,9 +60,10 @@ add("--steps", type=int, default=1000, help="updates")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
 add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
-add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
-add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks; what is trained is float32 (default: the model's)")
+add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--max-sequence-length", type=int,
+    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
@@ -119,7 +120,7 @@ if prompt_files.keys() != teachers.keys():
     die(f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both")
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
 if args.num_steps < 2:
-    die(f"--num-steps {args.num_steps}: must be at least 2, since the last step is not learnt")
+    die(f"--num-steps {args.num_steps}: must be at least 2, since the last step may not be learnt")
 if args.noise_level == 0:
     die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 if args.init:
@@ -127,7 +128,7 @@ if args.init:
 accelerator = start_processes(args.track, out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 init = own_folder(out, accelerator, args.resume, args.overwrite, args.init)
-model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
+model = load_model(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
             args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
 model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
@@ -140,12 +141,12 @@ else:
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
-sigmas = model.sigmas(args.num_steps, args.resolution)[:-1]  # without the last step, as in distill.py
+sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
 transitions = len(sigmas) - 1
 if args.compile:
     model.compile()
 micro = args.micro_batch_size or what_fits(model, args.batch_size, shape, args.guidance)
-kl_sde = "flow" if args.sde == "ode" else args.sde
+kl_sde = args.sde if args.sde == "cps" and sigmas[-1] > 0 else "flow"  # as in distill.py
 scale = step_weights(list(zip(sigmas, sigmas[1:])), args.noise_level, kl_sde, args.weighting)
 weights = {task: spec["weight"] for task, spec in teachers.items()}
 files = {"base": args.model, "init": init,

@@ -1,6 +1,6 @@
 """What every stage of Flow-OPD (arXiv 2605.08063) shares. Section 1 is the mathematics of the flow-SDE sampler on plain
-tensors. Section 2 is a thin adapter to Stable Diffusion 3: one frozen base, any number of LoRA adapters on it. Section 3 is
-what a run reads and leaves behind: prompts, checkpoints, logs, pictures.
+tensors. Section 2 is a thin adapter to diffusers' flow-matching pipelines, Stable Diffusion 3 and others: one frozen base,
+any number of LoRA adapters on it. Section 3 is what a run reads and leaves behind: prompts, checkpoints, logs, pictures.
 
 Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 + t eps, and the model predicts v = eps - x_0.
 Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, with dt = t - t_next. A transition is a Gaussian with a
@@ -20,6 +20,7 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -126,6 +127,14 @@ def clipped_surrogate(log_ratio, advantage, clip_range):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
+def learnt(sigmas):
+    """A schedule without its last step, if that starts below t = 0.05. There the noise that the model should
+    predict is all but invisible: teachers differ most, their KL would outweigh all other steps together, and
+    the picture hardly moves. SD3's last step starts at 0.009. FLUX.1's, of ten, starts at 0.17 to 0.26: left
+    out, it would leave the clean end of the way untrained."""
+    return sigmas[:-1] if sigmas[-2] < 0.05 else sigmas
+
+
 Step = namedtuple("Step", "x v t t_next x_next log_prob")
 
 
@@ -167,12 +176,8 @@ def to_device(values, device):
 
 
 # ======================================================================================================================
-# 2. Stable Diffusion 3: one frozen base, everything else is an adapter on it
+# 2. The model: one frozen base, everything else is an adapter on it
 # ======================================================================================================================
-
-# The attention projections that Flow-GRPO's and Flow-OPD's LoRAs adapt (not attn2, the second attention of SD3.5-M's first blocks).
-TARGETS = ["attn." + p for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
-
 
 class LoRALinear(torch.nn.Linear):
     """A frozen linear layer with named LoRAs, W x + alpha/r B A x; every row of a batch x (rows, ..., in) may
@@ -227,56 +232,109 @@ class Asked:
     name = rows = None
 
 
-class SD3:
-    """A Stable Diffusion 3 pipeline with named LoRA adapters on one frozen transformer, each asked for by
-    name, per sample. A teacher that is no LoRA but a whole transformer of its own stands beside the base in
-    `full`.
+class Model:
+    """A text-to-image pipeline of diffusers with named LoRA adapters on one frozen transformer, each asked
+    for by name, per sample. A teacher that is no LoRA but a whole transformer of its own stands beside the
+    base in `full`.
+
+    A family of models is a subclass below, which says what is its own: what its network takes (`net`, of
+    encode_prompt's results those in `takes`, and `null_prompt`), how its latents lie (`packed`), its
+    schedule (`even_grid`, `mu`), its guidance (`guide`) and what its VAE takes (`to_vae`).
 
     dtype is the frozen networks', and what LoRAs are computed in; trained weights, latents, guidance and SDE
-    are float32. use_t5=False leaves out the largest text encoder (its tokens are zeros, as in diffusers);
-    offload keeps the text encoders in the CPU's memory but while they encode. max_sequence_length is T5's, in
-    tokens."""
+    are float32. use_t5=False leaves out the largest text encoder of SD3 (its tokens are zeros, as in
+    diffusers); offload keeps the text encoders in the CPU's memory but while they encode.
+    max_sequence_length is that of the text, in tokens; CLIP always reads its own 77."""
+
+    defaults = dict(resolution=512, guidance=4.0, dtype="bfloat16", max_sequence_length=512)  # of the flags
+    distilled_defaults = dict(guidance=1.0)  # of models that were distilled, and are not to be guided
+    takes = (0,)
+    null_prompt, null_options = "", {}  # the unconditional prompt, and what else encode_prompt is told for it
+    optional = ()  # parts of the pipeline that --no-t5 leaves out
+    most_tokens = 512
+    packed = False  # latents are (tokens, 4 C), not (C, h, w): a token has 2 x 2 of the VAE's
+    even_grid = True  # the schedule is shifted from 1, 1 - 1/n, ..., 1/n, not from the scheduler's own grid
+    attention = "attn"  # what the modules are called whose projections an untrained LoRA adapts
+    token_layers = ()  # whose input is all samples' tokens in one row, so that samples cannot differ there
+
+    @classmethod
+    def distilled(cls, index, config):
+        """Whether guidance was distilled into the weights, from model_index.json and the transformer's
+        config.json."""
+        return False
+
+    @classmethod
+    def flag_defaults(cls, index, config):
+        """What flags are where they are not given, from the same files."""
+        return cls.defaults | (cls.distilled_defaults if cls.distilled(index, config) else {})
+
+    def guide(self, v, v_uncond, g):
+        """Classifier-free guidance. v, v_uncond: like latents; g: a number, or (B, 1, ...) -> like latents."""
+        return v_uncond + g * (v - v_uncond)
+
+    def mu(self, tokens, num_steps):
+        """The shift of the schedule for a picture of so many tokens, where the scheduler has a dynamic one."""
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
+
+    def to_vae(self, latents):
+        """Latents (B, ...) -> what the VAE decodes, (B, C, h, w)."""
+        config = self.pipe.vae.config
+        return self.unpack(latents) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def unpack(self, latents):
+        if not self.packed:
+            return latents
+        side = math.isqrt(latents.shape[1]) * self.unit
+        return self.pipe._unpack_latents(latents, side, side, self.pipe.vae_scale_factor)
 
     def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False,
-                 max_sequence_length=256):
-        if max_sequence_length > 512:
-            die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most 512")
-        left_out = () if use_t5 else ("text_encoder_3", "tokenizer_3")
-        self.pipe = load_pipeline(model, dtype, device, left_out, offload)
+                 max_sequence_length=None):
+        max_sequence_length = max_sequence_length or flag_defaults(model)["max_sequence_length"]
+        if max_sequence_length > self.most_tokens:
+            die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}")
+        if not use_t5 and not self.optional:
+            die(f"--no-t5: {model} has no T5 that it could do without")
+        self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload)
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
         self.sources = {"base": model}  # what each name was loaded from
         self.asked, self.trained = Asked(), None
         self.adapters = {}  # {name: [A, B, A, B, ...]}
         self.stacked = {}  # {frozen adapter: how often its weights had been written when they were stacked}
-        self.text_encoders = [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+        self.text_encoders = [encoder for _, encoder, _ in text_parts(self.pipe)]
         if torch.device(device).type == "cuda":
             for tensor in self._offloaded():
                 tensor.data = tensor.data.pin_memory()
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
-        t5 = self.pipe.tokenizer_3
-        self.max_length = max_sequence_length if t5 is None else min(max_sequence_length, t5.model_max_length)
-        scheduler = self.pipe.scheduler
-        if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
-                "FlowMatchEulerDiscreteScheduler does")
-        if scheduler.config.stochastic_sampling:
-            die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
-        self.null = self.encode([""])
+        lengths = [tokenizer.model_max_length for _, encoder, tokenizer in text_parts(self.pipe) if not is_clip(encoder)]
+        self.max_length = min([max_sequence_length, *lengths])
+        self.scheduler = euler_scheduler(self.pipe.scheduler, model)
+        config = self.transformer.config
+        self.embedded = config.get("guidance_embeds", False)  # guidance is a number that the network reads
+        self.guidable = self.embedded or not self.distilled(self.pipe.config, config)
+        self.patch = 2 if self.packed else config.get("patch_size", 2)
+        self.unit = self.patch * self.pipe.vae_scale_factor  # pixels along a side of a token
+        # encode_prompt and the pipeline's call, which uses it, have other defaults: the call's are what users see
+        taken = inspect.signature(self.pipe.encode_prompt).parameters
+        called = inspect.signature(type(self.pipe).__call__).parameters
+        self.text_options = {name: p.default for name, p in called.items() if name in taken and name != "prompt"}
+        self.text_options |= {"device": device, "max_sequence_length": self.max_length}
+        if "do_classifier_free_guidance" in taken:
+            self.text_options["do_classifier_free_guidance"] = False
+        self.null = self.encode([self.null_prompt], **self.null_options)
 
     def sigmas(self, num_steps, resolution):
         """The num_steps + 1 sigmas from 1 to 0, as floats, that the pipeline's own scheduler visits for a
         square picture."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-        scheduler, (_, height, width) = self.pipe.scheduler, self.latent_shape(resolution)
-        mu = None  # the shift of larger pictures, where the scheduler has one
-        if scheduler.config.use_dynamic_shifting:
-            tokens = height * width // self.transformer.config.patch_size ** 2
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(num_steps, mu=mu)
-        sigmas = scheduler.sigmas.tolist()
+        grid = {"num_inference_steps": num_steps}
+        if self.even_grid:
+            grid = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)}
+        tokens = (resolution // self.unit) ** 2
+        self.scheduler.set_timesteps(**grid, mu=self.mu(tokens, num_steps))
+        sigmas = self.scheduler.sigmas.tolist()
         falling = all(t > t_next for t, t_next in zip(sigmas, sigmas[1:]))
         if abs(sigmas[0] - 1) > 1e-6 or sigmas[-1] != 0 or not falling:
             die(f"--num-steps {num_steps}: the sigmas of the model's scheduler do not fall from 1 to 0: "
@@ -284,31 +342,34 @@ class SD3:
         return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
-        """(C, h, w) of a square picture; a resolution the model cannot draw is refused."""
-        side, rest = divmod(resolution, self.pipe.vae_scale_factor)
+        """Of a square picture's latents: (C, h, w), or (tokens, 4 C) if they are packed. A resolution that the
+        model cannot draw is refused."""
         config = self.transformer.config
-        unit, most = self.pipe.vae_scale_factor * config.patch_size, config.pos_embed_max_size * config.patch_size
-        if rest or side % config.patch_size or not 0 < side <= most:
-            die(f"--resolution {resolution}: this model draws multiples of {unit} up to {most * self.pipe.vae_scale_factor}")
-        return config.in_channels, side, side
+        side, rest = divmod(resolution, self.unit)
+        most = config.get("pos_embed_max_size")
+        if rest or side <= 0 or most and side > most:
+            die(f"--resolution {resolution}: this model draws multiples of {self.unit}"
+                + (f" up to {most * self.unit}" if most else ""))
+        if self.packed:
+            return side ** 2, config.in_channels
+        return config.in_channels, side * self.patch, side * self.patch
 
     def note_long(self, prompts):
         """Say how many of these texts are longer than the text encoders read."""
         texts, long = set(prompts), []
-        for part, encoder in self.pipe.components.items():
-            if part.startswith("text_encoder") and encoder is not None:
-                tokenizer = self.pipe.components[part.replace("text_encoder", "tokenizer")]
-                most = self.max_length if part == "text_encoder_3" else tokenizer.model_max_length
-                may = [text for text in texts if len(text.encode()) + 2 > most]  # a token has a byte at least
-                count = sum(len(ids) > most for ids in tokenizer(may).input_ids) if may else 0
-                if count:
-                    long.append(f"{count} are longer than {part} reads ({most} tokens)")
+        for part, encoder, tokenizer in text_parts(self.pipe):
+            most = tokenizer.model_max_length if is_clip(encoder) else self.max_length
+            may = [text for text in texts if len(text.encode()) + 2 > most]  # a token has a byte at least
+            count = sum(len(ids) > most for ids in tokenizer(may).input_ids) if may else 0
+            if count:
+                long.append(f"{count} are longer than {part} reads ({most} tokens)")
         if long:
             say(f"note: of {len(texts)} prompts {', '.join(long)}; the rest of them is not seen there")
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """list of B strings -> (embeds (B, L, D), pooled (B, P)); a prompt that stands there twice is encoded once."""
+    def encode(self, prompts, **options):
+        """list of B strings -> what `net` takes of them, each B rows: tensors, e.g. embeds (B, L, D) and
+        pooled (B, P), or lists. A prompt that stands there twice is encoded once."""
         unique = list(dict.fromkeys(prompts))
         tensors = self._offloaded()
         resting = [t.data for t in tensors]
@@ -316,14 +377,19 @@ class SD3:
             t.data = to_device(t.data, self.device)
         parts = []
         for i in range(0, len(unique), 16):
-            texts = unique[i:i + 16]
-            embeds, _, pooled, _ = self.pipe.encode_prompt(texts, texts, texts, device=self.device, do_classifier_free_guidance=False,
-                                                           max_sequence_length=self.max_length)
-            parts.append((embeds.to(self.dtype), pooled.to(self.dtype)))
+            found = self.pipe.encode_prompt(unique[i:i + 16], **self.text_options | options)
+            parts.append([self._as_read(found[k], found[0]) for k in self.takes])
         for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
             t.data = data
-        rows = to_device([unique.index(p) for p in prompts], self.device)
-        return tuple(torch.cat(kind)[rows] for kind in zip(*parts))
+        rows = [unique.index(p) for p in prompts]
+        return take_rows([join_rows(*kind) for kind in zip(*parts)], rows)
+
+    def _as_read(self, found, embeds):
+        """A result of encode_prompt in the network's data type. No mask means that all tokens count."""
+        if found is None:
+            return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        floating = isinstance(found, torch.Tensor) and found.is_floating_point()
+        return found.to(self.dtype) if floating else found
 
     def _offloaded(self):
         """What rests in the CPU's memory (pinned, if there is CUDA) while nothing is encoded."""
@@ -331,31 +397,32 @@ class SD3:
         return [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
 
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
-        """v(x_t, t | cond) in float32, with classifier-free guidance v = v_uncond + g (v_cond - v_uncond).
+        """v(x_t, t | cond) in float32, guided: in most families by v = v_uncond + g (v_cond - v_uncond).
 
         adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per sample. Conditional
-        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half."""
+        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half. A model with
+        guidance `embedded` has none at all."""
         names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
         scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
         assert len(names) == len(scales) == len(x) == len(cond[0]), "one adapter, one guidance and one prompt per sample"
         guided = [i for i, g in enumerate(scales) if g != 1]
-        embeds, pooled, x_in = *cond, x
-        if guided:
-            index = to_device(guided, x.device)
-            embeds = torch.cat([embeds, self.null[0].expand(len(guided), -1, -1)])
-            pooled = torch.cat([pooled, self.null[1].expand(len(guided), -1)])
-            x_in = torch.cat([x, x[index]])
-            names += [names[i] for i in guided]
-        v = self._forward(x_in.to(self.dtype), t, embeds, pooled, names).float()
-        if not guided:
-            return v
+        if guided and not self.guidable:
+            die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to be sampled without; give 1")
+        if self.embedded:
+            cond = (*cond, to_device(scales, x.device))
+        if self.embedded or not guided:
+            return self._forward(x.to(self.dtype), t, cond, names).float()
+        index = to_device(guided, x.device)
+        both = [join_rows(*kind) for kind in zip(cond, take_rows(self.null, [0] * len(guided)))]
+        x_in, asked = torch.cat([x, x[index]]), names + [names[i] for i in guided]
+        v = self._forward(x_in.to(self.dtype), t, both, asked).float()
         v_cond, v_uncond = v[:len(x)], v[len(x):]
         if len(guided) == len(x) and len(set(scales)) == 1:
-            return v_uncond + scales[0] * (v_cond - v_uncond)
-        g = to_device([scales[i] for i in guided], x.device).view(-1, 1, 1, 1)
-        return v_cond.index_copy(0, index, v_uncond + g * (v_cond[index] - v_uncond))
+            return self.guide(v_cond, v_uncond, scales[0])
+        g = to_device([scales[i] for i in guided], x.device).view(-1, *[1] * (x.dim() - 1))
+        return v_cond.index_copy(0, index, self.guide(v_cond[index], v_uncond, g))
 
-    def _forward(self, x, t, embeds, pooled, names):
+    def _forward(self, x, t, cond, names):
         """The network of every sample's name at (x, t). The base and all frozen adapters share a forward; the
         adapter in training and every full fine-tune have one of their own."""
         assert set(names) <= {"base", *self.full, *self.adapters}, names
@@ -365,14 +432,11 @@ class SD3:
             for together in (True, False):
                 rows = [i for i, n in enumerate(names) if (n == apart) == together]
                 index = to_device(rows, x.device)
-                part = self._forward(x[index], t, embeds[index], pooled[index], [names[i] for i in rows])
+                part = self._forward(x[index], t, take_rows(cond, rows), [names[i] for i in rows])
                 v = v.index_copy(0, index, part)
             return v
-        timestep = torch.full((len(x),), t * self.pipe.scheduler.config.num_train_timesteps, device=x.device)
         with self._asking(apart, None if set(names) <= {"base", apart} else self._rows(names)):
-            return self.full.get(apart, self.transformer)(
-                hidden_states=x, timestep=timestep, encoder_hidden_states=embeds, pooled_projections=pooled,
-                return_dict=False)[0]
+            return self.net(self.full.get(apart, self.transformer), x, t, *cond)
 
     @contextlib.contextmanager
     def _asking(self, name, rows):
@@ -426,13 +490,13 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, latents, names=None):
-        """latents (B, C, h, w) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to
-        bound the memory. A picture that is not finite is all NaN, never black; where the names of those who
-        drew are given, one or one per sample, it ends the program with its own."""
-        config = self.pipe.vae.config
-        latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+        """latents (B, ...) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to bound
+        the memory. A picture that is not finite is all NaN, never black; where the names of those who drew are
+        given, one or one per sample, it ends the program with its own."""
+        latents = self.to_vae(latents.float())
         at_once = max(1, 2 ** 20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor ** 2))
         pictures = torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5)
+        pictures = pictures.reshape(len(latents), 3, *pictures.shape[-2:])  # also a video of one frame
         finite = pictures.isfinite().flatten(1).all(1)
         if names is not None and not finite.all():
             name = names if isinstance(names, str) else names[finite.tolist().index(False)]
@@ -481,7 +545,7 @@ class SD3:
         network = load_network(kind, folder, self.dtype, self.device)
         ours, theirs = self.transformer.config, network.config
         inputs = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
-                  "pos_embed_max_size")
+                  "pos_embed_max_size", "guidance_embeds", "cap_feat_dim", "caption_channels")
         odd = [f"{key} is {theirs.get(key)}, the model's {ours[key]}" for key in inputs
                if key in ours and theirs.get(key) != ours[key]]
         if odd:
@@ -490,11 +554,11 @@ class SD3:
         self.sources[name] = path
 
     def new_adapter(self, name, rank, alpha, seed=0):
-        """An untrained LoRA on the eight attention projections: A Gaussian, B zero, so it starts as the base."""
+        """An untrained LoRA on the attention's projections: A Gaussian, B zero, so it starts as the base."""
         torch.manual_seed(seed)
-        lora = {}
+        lora, targets = {}, rf".*\.{self.attention}\.(to_\w+|to_out\.0|add_[qkv]_proj)"
         for n, layer in linear_layers(self.transformer).items():
-            if n.endswith(tuple("." + s for s in TARGETS)):
+            if re.fullmatch(targets, n):
                 A = torch.nn.Linear(layer.in_features, rank, bias=False).weight
                 B = torch.nn.Linear(rank, layer.out_features, bias=False).weight  # drawn as peft draws it
                 lora[n] = torch.nn.init.normal_(A, std=1 / rank), torch.zeros_like(B), alpha
@@ -502,7 +566,12 @@ class SD3:
 
     def load_adapter(self, name, path):
         """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit; what does not is named."""
-        self.add_adapter(name, read_lora(path, self.pipe.transformer, type(self.pipe)))
+        lora = read_lora(path, self.pipe.transformer, type(self.pipe))
+        mixed = [n for n in lora if n.startswith(self.token_layers)]
+        if mixed:
+            die(f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in one "
+                "row, so that each could not have an adapter of its own")
+        self.add_adapter(name, lora)
         self.sources[name] = path
 
     def add_adapter(self, name, lora):
@@ -550,6 +619,166 @@ class SD3:
         return found
 
 
+def filled(x, value):
+    """(B,) of one number, beside the samples x (B, ...)."""
+    return torch.full((len(x),), value, device=x.device)
+
+
+class SD3(Model):
+    """Stable Diffusion 3.x. Its LoRAs adapt no `attn2`, the second attention of 3.5-Medium's first blocks."""
+    defaults = Model.defaults | dict(guidance=4.5, dtype="float16", max_sequence_length=256)
+    takes, even_grid, optional = (0, 2), False, ("text_encoder_3", "tokenizer_3")
+
+    def net(self, network, x, t, embeds, pooled):
+        time = filled(x, t * self.scheduler.config.num_train_timesteps)
+        return network(x, embeds, pooled, time, return_dict=False)[0]
+
+
+class Flux(Model):
+    """FLUX.1: dev reads its guidance as a number, schnell has none."""
+    defaults = Model.defaults | dict(guidance=3.5)
+    distilled_defaults = dict(guidance=1.0, max_sequence_length=256)
+    takes, packed = (0, 1), True
+
+    @classmethod
+    def distilled(cls, index, config):
+        return not config.get("guidance_embeds")
+
+    def net(self, network, x, t, embeds, pooled, guidance=None):
+        n = torch.arange(math.isqrt(x.shape[1]), device=x.device)
+        places = torch.cartesian_prod(n[:1], n, n)  # of the picture's tokens; those of the words are all 0
+        words = places.new_zeros(embeds.shape[1], 3)
+        return network(x, embeds, pooled, filled(x, t), places, words, guidance, return_dict=False)[0]
+
+
+class Flux2(Model):
+    """FLUX.2: klein's base is guided, klein itself was distilled; dev reads its guidance as a number."""
+    packed = True
+
+    @classmethod
+    def distilled(cls, index, config):
+        return index.get("is_distilled", False)
+
+    def net(self, network, x, t, embeds, guidance=None):
+        n, words = (torch.arange(k, device=x.device) for k in (math.isqrt(x.shape[1]), embeds.shape[1]))
+        zero = n[:1]
+        places, words = torch.cartesian_prod(zero, n, n, zero), torch.cartesian_prod(zero, zero, zero, words)
+        return network(x, embeds, filled(x, t), places, words, guidance, return_dict=False)[0]
+
+    def mu(self, tokens, num_steps):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+        return compute_empirical_mu(tokens, num_steps)
+
+    def to_vae(self, latents):
+        side, norm = math.isqrt(latents.shape[1]), self.pipe.vae.bn
+        std = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
+        latents = (latents * std + norm.running_mean).mT.unflatten(2, (side, side))
+        return self.pipe._unpatchify_latents(latents)
+
+
+class QwenImage(Model):
+    """Qwen-Image: after guidance, every token gets the length back that it had without."""
+    takes, null_prompt, packed, most_tokens = (0, 1), " ", True, 1024
+
+    def net(self, network, x, t, embeds, mask):
+        side = math.isqrt(x.shape[1])
+        return network(x, embeds, mask, filled(x, t), [[(1, side, side)]] * len(x), return_dict=False)[0]
+
+    def guide(self, v, v_uncond, g):
+        guided = super().guide(v, v_uncond, g)
+        return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def to_vae(self, latents):
+        config = self.pipe.vae.config
+        mean, std = (latents.new_tensor(c).view(-1, 1, 1, 1) for c in (config.latents_mean, config.latents_std))
+        return self.unpack(latents) * std + mean  # (B, C, 1, h, w), a video of one frame
+
+
+class ZImage(Model):
+    """Z-Image: takes lists, of texts of any length, counts t from the other end and returns -v. Turbo is not
+    to be guided, which its files do not say; the base is. The pipeline's guidance_scale is one less."""
+    defaults = Model.defaults | dict(guidance=1.0)
+    attention, token_layers = "attention", ("all_x_embedder.", "cap_embedder.")
+
+    def net(self, network, x, t, embeds):
+        time = (1000 - filled(x, 1000 * t)) / 1000  # rounded as the pipeline does
+        v = network(list(x.unsqueeze(2)), time, embeds, return_dict=False)[0]
+        return -torch.stack(v).squeeze(2)
+
+
+class Sana(Model):
+    """SANA. A prompt is read after an instruction, the null prompt without."""
+    defaults = Model.defaults | dict(resolution="its own", guidance=4.5, max_sequence_length=300)
+    takes, even_grid, null_options = (0, 1), False, dict(complex_human_instruction=None)
+    attention = "attn[12]"
+
+    @classmethod
+    def flag_defaults(cls, index, config):
+        return cls.defaults | dict(resolution=32 * config["sample_size"])
+
+    def net(self, network, x, t, embeds, mask):
+        time = filled(x, t * self.scheduler.config.num_train_timesteps * network.config.timestep_scale)
+        return network(x, embeds, time, encoder_attention_mask=mask, return_dict=False)[0]
+
+
+FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2, "Flux2Pipeline": Flux2,
+            "QwenImagePipeline": QwenImage, "ZImagePipeline": ZImage, "SanaPipeline": Sana}
+
+
+def load_model(model, *args, **kwargs):
+    """The Model of a folder or hub id, of the family that its pipeline belongs to."""
+    return FAMILIES[pipeline_folder(model, only=())[1].__name__](model, *args, **kwargs)
+
+
+def flag_defaults(model):
+    """What --resolution, --guidance, --dtype and --max-sequence-length are for a model where they are not
+    given."""
+    folder, pipeline, _ = pipeline_folder(model, only=["transformer/config.json"])
+    files = [read_json(os.path.join(folder, name)) for name in ("model_index.json", "transformer/config.json")]
+    return FAMILIES[pipeline.__name__].flag_defaults(*files)
+
+
+def join_rows(first, *others):
+    """Rows of prompts below one another: lists stay lists, tensors are padded with zeros to the longest."""
+    if isinstance(first, list):
+        return sum(others, first)
+    if all(part.shape[1:] == first.shape[1:] for part in others):
+        return torch.cat([first, *others])
+    return torch.nn.utils.rnn.pad_sequence([row for part in (first, *others) for row in part], batch_first=True)
+
+
+def take_rows(cond, rows):
+    """Those rows of what `encode` returned, by their numbers."""
+    of = lambda c: [c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)]
+    return tuple(of(c) for c in cond)
+
+
+def text_parts(pipe):
+    """[(name, text encoder, its tokenizer)] of a pipeline."""
+    parts = []
+    for name, encoder in pipe.components.items():
+        if name.startswith("text_encoder") and encoder is not None:
+            tokenizer = pipe.components[name.replace("text_encoder", "tokenizer")]
+            parts.append((name, encoder, getattr(tokenizer, "tokenizer", tokenizer)))  # FLUX.2-dev has a processor
+    return parts
+
+
+def is_clip(encoder):
+    return type(encoder).__name__.startswith("CLIP")
+
+
+def euler_scheduler(scheduler, model):
+    """The pipeline's FlowMatchEulerDiscreteScheduler, or the one that follows the ODE of SANA's DPM solver."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    config = scheduler.config
+    if config.get("use_flow_sigmas") and config.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.flow_shift)
+    if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
+        die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
+            "FlowMatchEulerDiscreteScheduler does")
+    if config.stochastic_sampling:
+        die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
+    return scheduler
 
 def fuse_norms(network):
     """Give a network of diffusers PyTorch's RMS norm."""
@@ -580,13 +809,11 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
         pipe = kind.from_pretrained(folder, torch_dtype=dtype, **parts)
     except Exception as error:
         die(f"--model {model}: cannot be loaded: {first_line(error)}")
-    for part, tokenizer in pipe.components.items():
-        encoder = pipe.components.get(part.replace("tokenizer", "text_encoder"))
-        if part.startswith("tokenizer") and tokenizer is not None and encoder is not None:
-            known = encoder.get_input_embeddings().num_embeddings
-            if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
-                die(f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
-                    f"and its text encoder knows {known}")
+    for part, encoder, tokenizer in text_parts(pipe):
+        known = encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
+            die(f"--model {model}: {part.replace('text_encoder', 'tokenizer')} has no whole vocabulary: it has "
+                f"{len(tokenizer)} words, and its text encoder knows {known}")
     return pipe
 
 
@@ -880,9 +1107,9 @@ def pipeline_folder(model, left_out=(), only=None):
     if not os.path.exists(os.path.join(folder, "model_index.json")):
         die(f"--model {model}: not a diffusers pipeline folder (no model_index.json in it)")
     index = read_json(os.path.join(folder, "model_index.json"))
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        die(f"--model {model}: a {index.get('_class_name')}; this program needs a StableDiffusion3Pipeline")
-    kind = getattr(diffusers, index["_class_name"])
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None or kind.__name__ not in FAMILIES:
+        die(f"--model {model}: a {index.get('_class_name')}; this program knows {', '.join(FAMILIES)}")
     if folder != model and only is None:
         try:
             folder = kind.download(model, revision=os.path.basename(folder), use_safetensors=True,
@@ -961,7 +1188,8 @@ def listing(names, most=4):
 
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
-    fit it. parser.given: the names of what was typed."""
+    fit it; what neither says is the default of the model's family. parser.given: the names of what was
+    typed."""
     global go_on
     known = parser._option_string_actions
     go_on = "--resume auto goes on" if "--resume" in known else "the same command goes on"
@@ -972,14 +1200,19 @@ def parse_args(parser, toy):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
-    parser.epilog = "Without --model, other defaults: " + ", ".join(
-        f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in toy.items() if k != "model")
+    parser.epilog = f"Without --model, other defaults: {as_flags(toy)}. The model's own defaults: " + "; ".join(
+        f"{family.__name__}: {as_flags(family.defaults)}" for family in dict.fromkeys(FAMILIES.values()))
     nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
     typed = vars(parser.parse_known_args(namespace=nothing)[0])
     parser.given = {name for name, value in typed.items() if value is not None}
     if "model" not in parser.given:
         parser.set_defaults(**{name: at_home(value) for name, value in toy.items()})
     args = parser.parse_args()
+    if any(getattr(args, name, "") is None for name in Model.defaults):
+        own = {name: value for name, value in flag_defaults(args.model).items() if getattr(args, name, "") is None}
+        vars(args).update(own)
+        if "model" in parser.given:
+            say(f"{args.model}: by default {as_flags(own)}")
     for action in parser._actions:
         values, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
         for value in values if isinstance(values, list) else [values]:
@@ -992,6 +1225,12 @@ def parse_args(parser, toy):
     if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
         die(f"--track {args.track}: pip install {args.track}")
     return args
+
+
+def as_flags(defaults):
+    """{"batch_size": 8} -> "--batch-size 8", for the eye; without the model."""
+    words = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in defaults.items()}
+    return ", ".join(f"--{name.replace('_', '-')} {v}" for name, v in words.items() if name != "model")
 
 
 def at_home(value):
@@ -1194,16 +1433,16 @@ def what_fits(model, most, shape, guidance):
     """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
     until a step of a rollout, labelled and learnt, fits into the memory of every process's GPU. guidance: of
     what is trained."""
-    size, params = min(most, 16), model.adapters[model.trained]
+    size, params, text = min(most, 16), model.adapters[model.trained], "a " * model.max_length
     while torch.device(model.device).type != "cpu":
         failed = 0.0
         try:
             later = [torch.empty_like(p) for p in params for _ in range(4)]  # for AdamW and the reduction
             x = torch.zeros(size, *shape, device=model.device)
-            cond = [c.expand(size, *c.shape[1:]) for c in model.null]
+            cond = model.encode([text] * size)  # as long as it can be
             v = model.velocity(x, 0.5, cond, model.trained, guidance)
             with torch.no_grad():
-                model.velocity(x, 0.5, cond, "base", 2.0)
+                model.velocity(x, 0.5, cond, "base", 2.0 if model.guidable else 1.0)
             v.sum().backward()
         except torch.OutOfMemoryError:
             if size == 1:

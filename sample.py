@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, die, end_processes, fingerprint, generators, load_prompts, own_folder,
-                      parse_args, parse_specs, save_grid, start_processes, write, write_json)
+from flow_sde import (StopSignal, die, end_processes, fingerprint, generators, load_model, load_prompts,
+                      own_folder, parse_args, parse_specs, save_grid, start_processes, write, write_json)
 from rewards import encoded, pil, read_picture
 
 TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32)
@@ -37,15 +37,16 @@ add("--out", default="out/samples", help="folder for the PNGs, grid.png and samp
 add("--overwrite", action="store_true", help="replace other pictures in --out")
 add("--merge", metavar="DIR", help="also write a stand-alone diffusers pipeline with the LoRA merged into its weights")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, default=512, help="pixels")
+add("--resolution", type=int, help="pixels (default: the model's)")
 add("--num-steps", type=int, default=40, help="sampling steps (paper: 40)")
-add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
+add("--guidance", type=float, help="classifier-free guidance (default: the model's; paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="the sampler, if --noise-level is not 0")
 add("--noise-level", type=float, default=0.0, help="0: deterministic")
 add("--batch-size", type=int, default=4, help="pictures per forward")
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the networks (the VAE runs in float32)")
-add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
-add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks (the VAE runs in float32) (default: the model's)")
+add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--max-sequence-length", type=int,
+    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
@@ -94,7 +95,7 @@ for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
 
 # -- draw --------------------------------------------------------------------------------------------------
 if batches or args.merge:
-    model = SD3(args.model, getattr(torch, args.dtype), accelerator.device, not args.no_t5,
+    model = load_model(args.model, getattr(torch, args.dtype), accelerator.device, not args.no_t5,
                 args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
     model.latent_shape(args.resolution)
     if args.lora:

@@ -21,12 +21,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (SD3, StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes,
-                      generators, kl, load_prompts, log_prob, own_folder, parse_args, parse_specs,
-                      pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum, refuse_given,
-                      resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid, save_lora,
-                      start_processes, start_run, to_device, transition, update_average, what_fits,
-                      write_json)
+from flow_sde import (StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes,
+                      generators, kl, learnt, load_model, load_prompts, log_prob, own_folder, parse_args,
+                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum,
+                      refuse_given, resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid,
+                      save_lora, say, start_processes, start_run, take_rows, to_device, transition,
+                      update_average, what_fits, write_json)
 from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
 
 TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
@@ -46,9 +46,9 @@ add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: 
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, default=512, help="pixels")
+add("--resolution", type=int, help="pixels (default: the model's)")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
-add("--guidance", type=float, default=4.5, help="classifier-free guidance (paper: 4.5)")
+add("--guidance", type=float, help="classifier-free guidance (default: the model's; paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow",
     help="the stochastic sampler; cps: Flow-GRPO's log-probability leaves 1/(2 std^2) out, ours does not, so its clip ranges are others")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
@@ -72,9 +72,10 @@ add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"], default="float16", help="of the frozen networks; what is trained is float32")
-add("--no-t5", action="store_true", help="leave out the T5 text encoder, the largest network of SD3.5-M (long prompts suffer)")
-add("--max-sequence-length", type=int, default=256, help="tokens that T5 reads of a prompt (the model's card: 256; Flow-GRPO and Flow-OPD: 128)")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks; what is trained is float32 (default: the model's)")
+add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--max-sequence-length", type=int,
+    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
@@ -110,7 +111,7 @@ if not 0 <= args.sde_window <= args.num_steps // 2:
 if args.schedule == "alternate" and any(s["weight"] % 1 for s in prompt_specs.values()):
     die("--schedule alternate: the weights of --prompts are numbers of rollouts, so they must be whole")
 if args.num_steps < 2:
-    die("--num-steps 1: the last step is not trained, so there must be at least 2")
+    die("--num-steps 1: the last step may not be trained, so there must be at least 2")
 if args.noise_level <= 0:
     die(f"--noise-level {args.noise_level}: must be positive; without noise there is nothing to reinforce")
 if args.init:
@@ -120,7 +121,7 @@ if args.init:
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 init = own_folder(args.out, accelerator, args.resume, args.overwrite, args.init)
-model = SD3(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
+model = load_model(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
             args.max_sequence_length)
 shape = model.latent_shape(args.resolution)
 model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
@@ -134,6 +135,10 @@ model.copy_adapter("teacher", "ema")
 params, ema = model.train_adapter("teacher"), list(model.weights("ema").values())
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = model.sigmas(args.num_steps, args.resolution)
+trainable = len(learnt(sigmas)) - 1  # steps, those of them that have noise
+if trainable == args.num_steps and args.sde == "flow" and not args.sde_window:
+    say(f"note: noise of the last step, from t = {sigmas[-2]:.2f}, is left in the pictures that are scored; "
+        "--sde cps and --sde-window leave none")
 if args.compile:
     model.compile()
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
@@ -231,7 +236,6 @@ for step in range(start, args.steps + 1):
     if args.sde_window:
         first = int(torch.randint(args.num_steps // 2 - args.sde_window + 1, (), generator=generators(args.seed, step, [2 ** 31])[0]))
         noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
-    trained = [i for i, a in enumerate(noise_levels[:-1]) if a > 0]  # the last step, almost without noise, is not trained
     conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
     trajectories, scorer = [], Scorer(rewards, prompts, stop)  # pictures are scored while the next ones are sampled
     with torch.no_grad():
@@ -239,12 +243,11 @@ for step in range(start, args.steps + 1):
             if stop.name:
                 break
             rows, g = batch[i:i + micro], gens[i:i + micro]
-            group = to_device(torch.arange(i, i + len(rows)) // args.group_size, device)
-            cond = [c[group] for c in conds]
+            cond = take_rows(conds, [j // args.group_size for j in range(i, i + len(rows))])
             draw = lambda: randn(g, shape, device)
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
             steps = list(rollout(velocity, first_noise[i:i + micro], sigmas, noise_levels, args.sde, draw))
-            trajectories.append([steps[k] for k in trained])
+            trajectories.append([s for s in steps[:trainable] if s.log_prob is not None])
             try:
                 scorer.submit(model.decode(steps[-1].x_next), rows)
             except RewardError as error:
@@ -279,7 +282,7 @@ for step in range(start, args.steps + 1):
             if k == 0 and stop.name:  # later ones follow an update made, and are finished
                 break
             rows = to_device(share[i:i + micro], device)
-            cond = [c[rows // args.group_size] for c in conds]
+            cond = take_rows(conds, (share[i:i + micro] // args.group_size).tolist())
             for s in trajectory:
                 x, x_next = s.x[rows], s.x_next[rows]
                 with torch.no_grad():

@@ -61,10 +61,10 @@ add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.0
 add("--init", default="none", help="where the student starts: a LoRA, `merge`: the exact average of the teachers, or `none`: untrained")
 add("--out", default="out/distill", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, help="pixels (default: the model's)")
+add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 # A guided teacher (TASK=LORA,guidance=G) can be better than itself, and teach a student that is then sampled with --guidance 1, at half the cost.
-add("--guidance", type=float, help="classifier-free guidance of student, anchor and teachers without their own (default: the model's; paper: 4.5)")
+add("--guidance", type=float, help="of student, anchor and teachers without their own (paper: 4.5)")
 # Students learn as much on the states of any of the three; flow is the paper's, and ppo needs its noise.
 # CPS: log_prob is the density of its step; public codes leave out 1/(2 std^2), so their clip ranges mean something else.
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; ode: no noise, flow's KL")
@@ -93,10 +93,12 @@ add("--rank", type=int, default=32, help="of an untrained student LoRA (paper: 3
 add("--alpha", type=float, default=64, help="of an untrained student LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks; what is trained is float32 (default: the model's)")
-add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--dtype", choices=["float32", "bfloat16", "float16"],
+    help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
 add("--max-sequence-length", type=int,
-    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
@@ -155,8 +157,7 @@ if args.objective == "ppo-paper":
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 init = own_folder(args.out, accelerator, args.resume, args.overwrite, args.init)
-model = load_model(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
-            args.max_sequence_length)
+model = load_model(args, device)
 shape = model.latent_shape(args.resolution)
 model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
 if rank == 0:
@@ -183,11 +184,11 @@ params, ema = model.train_adapter("student"), list(model.weights("ema").values()
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
 transitions, dimensions = len(sigmas) - 1, math.prod(shape)
-# What has no transition density, an ODE or CPS's step to t = 0, is judged by the flow-SDE's at the same states.
+# What has no transition density, an ODE or CPS's step to 0, is judged by the flow-SDE's at the same states
 kl_sde = args.sde if args.sde == "cps" and sigmas[-1] > 0 else "flow"
 if args.objective != "kl" and args.sde == "cps" and sigmas[-1] == 0:
-    die(f"--objective {args.objective} --sde cps: this model's last step, from t = {sigmas[-2]:.2f}, would have no "
-        "noise to learn from; --sde flow")
+    die(f"--objective {args.objective} --sde cps: this model's last step, from t = {sigmas[-2]:.2f}, would have "
+        "no noise to learn from; --sde flow")
 count = args.label_steps or transitions  # steps labelled in a rollout
 factor = step_weights([sigmas[k:k + 2] for k in range(transitions)], args.noise_level, kl_sde, args.weighting)  # {t: factor of its KL}
 weights = {task: spec["weight"] for task, spec in teachers.items()}

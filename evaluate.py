@@ -67,14 +67,16 @@ add("--out", default="out/evaluate", help="folder of the pictures, scores and ta
 add("--report", action="store_true",
     help="write OUT/report.html: the pictures of all models side by side, scores under them, to be sorted")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, help="pixels (default: the model's)")
-add("--guidance", type=float, help="classifier-free guidance (default: the model's; paper: 4.5)")
+add("--resolution", type=int, help="pixels")
+add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
-add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks; what is trained is float32 (default: the model's)")
-add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--dtype", choices=["float32", "bfloat16", "float16"],
+    help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
 add("--max-sequence-length", type=int,
-    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
@@ -245,8 +247,7 @@ for name, task in files:
         if missing or unscored:
             jobs.append((name, task, batch, unscored, missing))
 if any(missing for *_, missing in jobs):
-    model = load_model(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders,
-                max_sequence_length=args.max_sequence_length)
+    model = load_model(args, device)
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
         model.load_teacher(name, spec["value"])

@@ -221,7 +221,7 @@ class LoRALinear(torch.nn.Linear):
 
 
 class RMSNorm(torch.nn.Module):
-    """The RMS norm of queries and keys, one kernel instead of diffusers' seven."""
+    """An RMS norm in one kernel instead of diffusers' seven."""
 
     def forward(self, x):
         return F.rms_norm(x, self.dim, self.weight, self.eps)
@@ -269,14 +269,23 @@ class Model:
         return cls.defaults | (cls.distilled_defaults if cls.distilled(index, config) else {})
 
     def guide(self, v, v_uncond, g):
-        """Classifier-free guidance. v, v_uncond: like latents; g: a number, or (B, 1, ...) -> like latents."""
+        """Classifier-free guidance. v, v_uncond: (B, ...); g: a number, or (B, 1, ...) -> (B, ...)."""
         return v_uncond + g * (v - v_uncond)
 
     def mu(self, tokens, num_steps):
-        """The shift of the schedule for a picture of so many tokens, where the scheduler has a dynamic one."""
+        """The shift of the schedule for a picture of so many tokens, if the scheduler shifts dynamically."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
+
+    def euler_scheduler(self):
+        scheduler, model = self.pipe.scheduler, self.sources["base"]
+        if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+            die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
+                "FlowMatchEulerDiscreteScheduler does")
+        if scheduler.config.stochastic_sampling:
+            die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
+        return scheduler
 
     def to_vae(self, latents):
         """Latents (B, ...) -> what the VAE decodes, (B, C, h, w)."""
@@ -309,21 +318,21 @@ class Model:
                 tensor.data = tensor.data.pin_memory()
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
-        lengths = [tokenizer.model_max_length for _, encoder, tokenizer in text_parts(self.pipe) if not is_clip(encoder)]
-        self.max_length = min([max_sequence_length, *lengths])
-        self.scheduler = euler_scheduler(self.pipe.scheduler, model)
+        self.max_length = max_sequence_length
+        for _, encoder, tokenizer in text_parts(self.pipe):
+            if not is_clip(encoder):
+                self.max_length = min(self.max_length, tokenizer.model_max_length)
+        self.scheduler = self.euler_scheduler()
         config = self.transformer.config
         self.embedded = config.get("guidance_embeds", False)  # guidance is a number that the network reads
         self.guidable = self.embedded or not self.distilled(self.pipe.config, config)
         self.patch = 2 if self.packed else config.get("patch_size", 2)
         self.unit = self.patch * self.pipe.vae_scale_factor  # pixels along a side of a token
-        # encode_prompt and the pipeline's call, which uses it, have other defaults: the call's are what users see
-        taken = inspect.signature(self.pipe.encode_prompt).parameters
-        called = inspect.signature(type(self.pipe).__call__).parameters
-        self.text_options = {name: p.default for name, p in called.items() if name in taken and name != "prompt"}
-        self.text_options |= {"device": device, "max_sequence_length": self.max_length}
-        if "do_classifier_free_guidance" in taken:
-            self.text_options["do_classifier_free_guidance"] = False
+        # What a pipeline tells its encode_prompt, whose own defaults are others.
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        told = {name: p.default for name, p in inspect.signature(type(self.pipe).__call__).parameters.items()}
+        told |= dict(device=device, max_sequence_length=self.max_length, do_classifier_free_guidance=False)
+        self.text_options = {name: told[name] for name in known if name in told and name != "prompt"}
         self.null = self.encode([self.null_prompt], **self.null_options)
 
     def sigmas(self, num_steps, resolution):
@@ -342,8 +351,8 @@ class Model:
         return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
-        """Of a square picture's latents: (C, h, w), or (tokens, 4 C) if they are packed. A resolution that the
-        model cannot draw is refused."""
+        """(C, h, w) of a square picture, or (tokens, 4 C) if latents are packed; a resolution that the model
+        cannot draw is refused."""
         config = self.transformer.config
         side, rest = divmod(resolution, self.unit)
         most = config.get("pos_embed_max_size")
@@ -400,14 +409,14 @@ class Model:
         """v(x_t, t | cond) in float32, guided: in most families by v = v_uncond + g (v_cond - v_uncond).
 
         adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per sample. Conditional
-        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half. A model with
-        guidance `embedded` has none at all."""
+        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half. None has
+        where guidance is `embedded`."""
         names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
         scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
         assert len(names) == len(scales) == len(x) == len(cond[0]), "one adapter, one guidance and one prompt per sample"
         guided = [i for i, g in enumerate(scales) if g != 1]
         if guided and not self.guidable:
-            die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to be sampled without; give 1")
+            die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to do without; give 1")
         if self.embedded:
             cond = (*cond, to_device(scales, x.device))
         if self.embedded or not guided:
@@ -491,8 +500,8 @@ class Model:
     @torch.no_grad()
     def decode(self, latents, names=None):
         """latents (B, ...) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to bound
-        the memory. A picture that is not finite is all NaN, never black; where the names of those who drew are
-        given, one or one per sample, it ends the program with its own."""
+        the memory. A picture that is not finite is all NaN, never black; where the names of those who drew
+        are given, one or one per sample, it ends the program with its own."""
         latents = self.to_vae(latents.float())
         at_once = max(1, 2 ** 20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor ** 2))
         pictures = torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5)
@@ -569,8 +578,8 @@ class Model:
         lora = read_lora(path, self.pipe.transformer, type(self.pipe))
         mixed = [n for n in lora if n.startswith(self.token_layers)]
         if mixed:
-            die(f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in one "
-                "row, so that each could not have an adapter of its own")
+            die(f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in "
+                "one row, so that they could not have different adapters")
         self.add_adapter(name, lora)
         self.sources[name] = path
 
@@ -631,7 +640,8 @@ class SD3(Model):
 
     def net(self, network, x, t, embeds, pooled):
         time = filled(x, t * self.scheduler.config.num_train_timesteps)
-        return network(x, embeds, pooled, time, return_dict=False)[0]
+        return network(hidden_states=x, timestep=time, encoder_hidden_states=embeds, pooled_projections=pooled,
+                       return_dict=False)[0]
 
 
 class Flux(Model):
@@ -681,7 +691,8 @@ class QwenImage(Model):
     takes, null_prompt, packed, most_tokens = (0, 1), " ", True, 1024
 
     def net(self, network, x, t, embeds, mask):
-        side = math.isqrt(x.shape[1])
+        side, more = math.isqrt(x.shape[1]), -embeds.shape[1] % 32  # few lengths, for torch.compile
+        embeds, mask = F.pad(embeds, (0, 0, 0, more)), F.pad(mask, (0, more))
         return network(x, embeds, mask, filled(x, t), [[(1, side, side)]] * len(x), return_dict=False)[0]
 
     def guide(self, v, v_uncond, g):
@@ -690,7 +701,7 @@ class QwenImage(Model):
 
     def to_vae(self, latents):
         config = self.pipe.vae.config
-        mean, std = (latents.new_tensor(c).view(-1, 1, 1, 1) for c in (config.latents_mean, config.latents_std))
+        mean, std = latents.new_tensor([config.latents_mean, config.latents_std]).view(2, -1, 1, 1, 1)
         return self.unpack(latents) * std + mean  # (B, C, 1, h, w), a video of one frame
 
 
@@ -707,7 +718,8 @@ class ZImage(Model):
 
 
 class Sana(Model):
-    """SANA. A prompt is read after an instruction, the null prompt without."""
+    """SANA. A prompt is read after an instruction, the null prompt without. The pipeline's scheduler is a DPM
+    solver; Euler's steps on the same ODE take its place."""
     defaults = Model.defaults | dict(resolution="its own", guidance=4.5, max_sequence_length=300)
     takes, even_grid, null_options = (0, 1), False, dict(complex_human_instruction=None)
     attention = "attn[12]"
@@ -716,26 +728,35 @@ class Sana(Model):
     def flag_defaults(cls, index, config):
         return cls.defaults | dict(resolution=32 * config["sample_size"])
 
+    def euler_scheduler(self):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        config = self.pipe.scheduler.config
+        if config.get("prediction_type") != "flow_prediction":
+            return super().euler_scheduler()
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.flow_shift)
+
     def net(self, network, x, t, embeds, mask):
         time = filled(x, t * self.scheduler.config.num_train_timesteps * network.config.timestep_scale)
         return network(x, embeds, time, encoder_attention_mask=mask, return_dict=False)[0]
 
 
-FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2, "Flux2Pipeline": Flux2,
-            "QwenImagePipeline": QwenImage, "ZImagePipeline": ZImage, "SanaPipeline": Sana}
+FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2,
+            "Flux2Pipeline": Flux2, "QwenImagePipeline": QwenImage, "ZImagePipeline": ZImage,
+            "SanaPipeline": Sana}
 
 
-def load_model(model, *args, **kwargs):
-    """The Model of a folder or hub id, of the family that its pipeline belongs to."""
-    return FAMILIES[pipeline_folder(model, only=())[1].__name__](model, *args, **kwargs)
+def load_model(args, device):
+    """The Model that a script's flags describe, of the family that the pipeline belongs to."""
+    family = FAMILIES[pipeline_folder(args.model, only=())[1].__name__]
+    return family(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders,
+                  getattr(args, "gradient_checkpointing", False), args.max_sequence_length)
 
 
 def flag_defaults(model):
-    """What --resolution, --guidance, --dtype and --max-sequence-length are for a model where they are not
-    given."""
+    """What the flags of Model.defaults are for a folder or hub id where they are not given."""
     folder, pipeline, _ = pipeline_folder(model, only=["transformer/config.json"])
-    files = [read_json(os.path.join(folder, name)) for name in ("model_index.json", "transformer/config.json")]
-    return FAMILIES[pipeline.__name__].flag_defaults(*files)
+    index, config = (os.path.join(folder, name) for name in ("model_index.json", "transformer/config.json"))
+    return FAMILIES[pipeline.__name__].flag_defaults(read_json(index), read_json(config))
 
 
 def join_rows(first, *others):
@@ -744,7 +765,8 @@ def join_rows(first, *others):
         return sum(others, first)
     if all(part.shape[1:] == first.shape[1:] for part in others):
         return torch.cat([first, *others])
-    return torch.nn.utils.rnn.pad_sequence([row for part in (first, *others) for row in part], batch_first=True)
+    rows = [row for part in (first, *others) for row in part]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def take_rows(cond, rows):
@@ -759,26 +781,14 @@ def text_parts(pipe):
     for name, encoder in pipe.components.items():
         if name.startswith("text_encoder") and encoder is not None:
             tokenizer = pipe.components[name.replace("text_encoder", "tokenizer")]
-            parts.append((name, encoder, getattr(tokenizer, "tokenizer", tokenizer)))  # FLUX.2-dev has a processor
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2-dev has a processor around it
+            parts.append((name, encoder, tokenizer))
     return parts
 
 
 def is_clip(encoder):
     return type(encoder).__name__.startswith("CLIP")
 
-
-def euler_scheduler(scheduler, model):
-    """The pipeline's FlowMatchEulerDiscreteScheduler, or the one that follows the ODE of SANA's DPM solver."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    config = scheduler.config
-    if config.get("use_flow_sigmas") and config.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.flow_shift)
-    if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
-        die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
-            "FlowMatchEulerDiscreteScheduler does")
-    if config.stochastic_sampling:
-        die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
-    return scheduler
 
 def fuse_norms(network):
     """Give a network of diffusers PyTorch's RMS norm."""
@@ -812,8 +822,9 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     for part, encoder, tokenizer in text_parts(pipe):
         known = encoder.get_input_embeddings().num_embeddings
         if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
-            die(f"--model {model}: {part.replace('text_encoder', 'tokenizer')} has no whole vocabulary: it has "
-                f"{len(tokenizer)} words, and its text encoder knows {known}")
+            part = part.replace("text_encoder", "tokenizer")
+            die(f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
+                f"and its text encoder knows {known}")
     return pipe
 
 
@@ -1200,19 +1211,20 @@ def parse_args(parser, toy):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
-    parser.epilog = f"Without --model, other defaults: {as_flags(toy)}. The model's own defaults: " + "; ".join(
-        f"{family.__name__}: {as_flags(family.defaults)}" for family in dict.fromkeys(FAMILIES.values()))
+    parser.epilog = f"Without --model, other defaults: {as_flags(toy)}"
     nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
     typed = vars(parser.parse_known_args(namespace=nothing)[0])
     parser.given = {name for name, value in typed.items() if value is not None}
     if "model" not in parser.given:
         parser.set_defaults(**{name: at_home(value) for name, value in toy.items()})
     args = parser.parse_args()
-    if any(getattr(args, name, "") is None for name in Model.defaults):
-        own = {name: value for name, value in flag_defaults(args.model).items() if getattr(args, name, "") is None}
-        vars(args).update(own)
+    open_flags = [name for name in Model.defaults if getattr(args, name, "") is None]
+    if open_flags:
+        defaults = flag_defaults(args.model)
+        for name in open_flags:
+            setattr(args, name, defaults[name])
         if "model" in parser.given:
-            say(f"{args.model}: by default {as_flags(own)}")
+            say(f"{args.model}, its defaults: {as_flags({name: defaults[name] for name in open_flags})}")
     for action in parser._actions:
         values, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
         for value in values if isinstance(values, list) else [values]:
@@ -1256,6 +1268,13 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=128)
 
     def _get_help_string(self, action):
+        if action.dest in Model.defaults:
+            usual, others = Model.defaults[action.dest], {}
+            for family in FAMILIES.values():
+                if family.defaults[action.dest] != usual:
+                    others[family.__name__] = family.defaults[action.dest]
+            listed = ", ".join(f"{family} {value}" for family, value in others.items())
+            return f"{action.help} (default: {usual}, but {listed})"
         silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
         return action.help + ("" if silent else " (default: %(default)s)")
 

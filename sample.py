@@ -37,16 +37,17 @@ add("--out", default="out/samples", help="folder for the PNGs, grid.png and samp
 add("--overwrite", action="store_true", help="replace other pictures in --out")
 add("--merge", metavar="DIR", help="also write a stand-alone diffusers pipeline with the LoRA merged into its weights")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, help="pixels (default: the model's)")
+add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=40, help="sampling steps (paper: 40)")
-add("--guidance", type=float, help="classifier-free guidance (default: the model's; paper: 4.5)")
+add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="the sampler, if --noise-level is not 0")
 add("--noise-level", type=float, default=0.0, help="0: deterministic")
 add("--batch-size", type=int, default=4, help="pictures per forward")
-add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks (the VAE runs in float32) (default: the model's)")
-add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks (the VAE runs in float32)")
+add("--no-t5", action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
 add("--max-sequence-length", type=int,
-    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
@@ -95,8 +96,7 @@ for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
 
 # -- draw --------------------------------------------------------------------------------------------------
 if batches or args.merge:
-    model = load_model(args.model, getattr(torch, args.dtype), accelerator.device, not args.no_t5,
-                args.offload_text_encoders, max_sequence_length=args.max_sequence_length)
+    model = load_model(args, accelerator.device)
     model.latent_shape(args.resolution)
     if args.lora:
         model.load_adapter("lora", args.lora)

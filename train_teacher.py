@@ -46,9 +46,9 @@ add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: 
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
-add("--resolution", type=int, help="pixels (default: the model's)")
+add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
-add("--guidance", type=float, help="classifier-free guidance (default: the model's; paper: 4.5)")
+add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow",
     help="the stochastic sampler; cps: Flow-GRPO's log-probability leaves 1/(2 std^2) out, ours does not, so its clip ranges are others")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
@@ -72,10 +72,12 @@ add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks; what is trained is float32 (default: the model's)")
-add("--no-t5", action="store_true", help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
+add("--dtype", choices=["float32", "bfloat16", "float16"],
+    help="of the frozen networks; what is trained is float32")
+add("--no-t5", action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
 add("--max-sequence-length", type=int,
-    help="tokens read of a prompt, by T5 or what a model has in its place (default: the model's; Flow-GRPO and Flow-OPD: 128)")
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
@@ -121,8 +123,7 @@ if args.init:
 accelerator = start_processes(args.track, args.out)
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 init = own_folder(args.out, accelerator, args.resume, args.overwrite, args.init)
-model = load_model(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders, args.gradient_checkpointing,
-            args.max_sequence_length)
+model = load_model(args, device)
 shape = model.latent_shape(args.resolution)
 model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
 check_rewards(rewards, prompts, args.resolution, device)

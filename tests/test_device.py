@@ -164,11 +164,11 @@ def test_pictures(tmp_path, loras, gpu):
     run("evaluate.py", "--models", "base", f"ocr={loras['ocr']}", "--tasks", few("test", 3, str(tmp_path))[1],
         "--reward", "toy.ocr", "--eval-num-steps", 4, "--eval-batch-size", 2, *flags)
     assert sum(times for (_, line), times in gpu.items() if line == "guarded(draw_all)") == 4 * encoders
-    only_at(gpu, "model = SD3(", "model.load_teacher(", "check_rewards(", "guarded(draw_all)", "stop.arrived(")
+    only_at(gpu, "model = load_model(", "model.load_teacher(", "check_rewards(", "guarded(draw_all)", "stop.arrived(")
     gpu.clear()
     run("sample.py", "--lora", loras["ocr"], "--prompt", "a cup", "--num-images", 2, "--num-steps", 4, *flags)
     assert sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == encoders + 1  # finite?
-    only_at(gpu, "model = SD3(", "model.load_adapter(", "model.generate(", "pil(drawn)", "stop.arrived(")
+    only_at(gpu, "model = load_model(", "model.load_adapter(", "model.generate(", "pil(drawn)", "stop.arrived(")
 
 
 def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):

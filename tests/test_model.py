@@ -266,7 +266,7 @@ def test_the_scheduler_decides_the_schedule(change):
     pipe.set_progress_bar_config(disable=True)
     before = model.generate(PROMPTS[:1], generators(0, 0, [0]), 6, 32)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **change)
-    model.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    model.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     latents = randn(generators(0, 0, [0]), model.latent_shape(32), "cpu")
     theirs = pipe(PROMPTS[:1], latents=latents, num_inference_steps=6, guidance_scale=1.0, height=32, width=32,
                   max_sequence_length=12, output_type="pt").images

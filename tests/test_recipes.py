@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from flow_sde import parse_specs
+from flow_sde import SD3, parse_specs
 from rewards import parse_rewards
 
 SOURCES = {  # what must come out, by number; where a source says nothing, nothing stands here
@@ -43,7 +43,9 @@ def test_recipe(number):
     assert words[:2] == ["--nproc_per_node=8", script]
     names = {"__doc__": "", "__name__": script}
     exec(open(os.path.join(ROOT, script)).read().split("\nargs = parse_args(")[0], names)  # up to the reading of the flags
-    args = names["parser"].parse_args(words[2:])
+    parser = names["parser"]
+    parser.set_defaults(**SD3.defaults)
+    args = parser.parse_args(words[2:])
     assert args.model == "stabilityai/stable-diffusion-3.5-medium"
     assert {k: getattr(args, k) for k in expected} == expected
     if script == "distill.py":

@@ -11,6 +11,7 @@ import types
 
 import accelerate
 import pytest
+import tiny
 import torch
 from conftest import ROOT, TASKS, distill, few, read_log, run
 from torch.utils import _pytree as tree
@@ -140,6 +141,24 @@ def test_distill(objective, loras, tmp_path, gpu):
             batch_size=3, micro_batch_size=2, num_steps=3, guidance=2)
     only_at(gpu, "model.encode(", "stop.arrived(", "norm = update()", "counts = ", "kls = ", "anchor_sum.item()",
             "kl_by_sigma", "save_checkpoint(", "save_lora(", "draw_grid()")
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.PIPELINES if name not in ("sd3", "schnell")])
+def test_families(name, tmp_path, gpu):
+    """Qwen-Image's network in diffusers copies a number at every forward."""
+    with dispatch._disable_current_modes():
+        base = tiny.build(name, str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a cup\ntwo cups and a dog\n")
+    task, quick = f"x={tmp_path}/prompts.txt", ["--model", base, "--resolution", 64, "--num-steps", 3, "--rank", 4]
+    run("train_teacher.py", *quick, "--reward", "jpeg", "--prompts", task, "--group-size", 2, "--batch-size", 2,
+        "--steps", 1, "--dtype", "float32", "--out", tmp_path / "teacher")
+    gpu.clear()
+    run("distill.py", *quick, "--teachers", f"x={tmp_path}/teacher/lora", "--prompts", task, "--anchor", "base",
+        "--batch-size", 2, "--steps", 1, "--eval-num-steps", 2, "--gradient-checkpointing", "--dtype", "float32",
+        "--out", tmp_path / "student")
+    its_own = ["label(", "in rollout("] if name == "qwen" else []
+    only_at(gpu, "model.encode(", "stop.arrived(", "norm = update()", "counts = ", "kls = ", "anchor_sum.item()",
+            "kl_by_sigma", "save_checkpoint(", "save_lora(", "draw_grid()", *its_own)
 
 
 def test_train_teacher(tmp_path, gpu):

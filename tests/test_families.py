@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import types
 
 import pytest
 import tiny
@@ -208,3 +207,100 @@ def test_every_stage(name, folder, tmp_path):
     run("evaluate.py", *model, "--models", "base", f"student={tmp_path}/student/lora", f"full={tmp_path}/alone",
         "--prompts", task, "--reward", "jpeg", "--eval-num-steps", 2, "--out", tmp_path / "table")
     assert len(json.load(open(tmp_path / "table/results.json"))) == 3
+
+
+def test_the_last_step_is_learnt_where_it_is_a_long_one(folder, tmp_path):
+    """Whatever the sampler: what has no density is judged by the flow-SDE's. GRPO needs noise."""
+    for name, size, start in (("sd3", 512, 0.009), ("qwen", 1024, 0.02), ("sana", 1024, 0.009),
+                              ("flux", 512, 0.17), ("flux", 1024, 0.26), ("klein", 512, 0.45),
+                              ("klein", 1024, 0.52), ("schnell", 512, 0.1), ("zimage", 512, 0.25)):
+        sigmas = load(folder(name)).sigmas(10, size)
+        assert sigmas[-2] == pytest.approx(start, abs=0.006), name
+        assert learnt(sigmas) == (sigmas if start >= 0.05 else sigmas[:-1])
+    save_lora(untrained(load(folder("flux"))), tmp_path / "lora")
+    (tmp_path / "prompts.txt").write_text("a cup\n")
+    task, quick = f"x={tmp_path}/prompts.txt", ["--model", folder("flux"), "--resolution", 32, "--dtype", "float32"]
+    quick += ["--steps", 1, "--num-steps", 3, "--batch-size", 2, "--eval-num-steps", 1, "--overwrite", "--prompts"]
+    teacher = ["--teachers", f"x={tmp_path}/lora", "--out", tmp_path / "out"]
+    seen = {}
+    for sde in ("flow", "cps", "ode"):
+        ns = run("distill.py", *quick, task, *teacher, "--sde", sde)
+        seen[sde] = list(read_log(tmp_path / "out")[-1]["kl_by_sigma"].values())
+        assert len(seen[sde]) == 3 and all(value > 0 for value in seen[sde]) and ns["params"][1].abs().max() > 0
+        run("cold_start.py", "sft", *[a for a in quick if a not in ("--eval-num-steps",)][:-3], "--overwrite",
+            "--prompts", task, *teacher, "--sde", sde)
+    assert "would have no noise to learn from" in refused(
+        "distill.py", *quick, task, *teacher, "--sde", "cps", "--objective", "ppo")
+    for sde, window, trained in (("flow", 0, 3), ("cps", 0, 2), ("flow", 1, 1)):
+        ns = run("train_teacher.py", *quick, task, "--reward", "jpeg", "--group-size", 2, "--sde", sde,
+                 "--sde-window", window, "--out", tmp_path / "teacher")
+        assert len(ns["trajectory"]) == trained
+
+
+def untrained(model):
+    model.new_adapter("x", 4, 8)
+    return {n: (A, torch.randn_like(B), alpha) for n, (A, B, alpha) in model.lora("x").items()}
+
+
+def test_defaults_and_what_is_refused(folder, tmp_path, capsys):
+    """By name, before anything is computed."""
+    klein = shutil.copytree(folder("klein"), tmp_path / "klein")
+    index = json.loads((klein / "model_index.json").read_text())
+    (klein / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    distilled = dict(resolution=512, guidance=1.0, dtype="bfloat16", max_sequence_length=512)
+    assert flag_defaults(str(klein)) == distilled
+    assert flag_defaults(folder("schnell")) == distilled | dict(max_sequence_length=256)
+    assert flag_defaults(folder("flux")) == distilled | dict(guidance=3.5)
+    assert flag_defaults(folder("klein")) == flag_defaults(folder("qwen")) == distilled | dict(guidance=4.0)
+    assert flag_defaults(folder("sana")) == dict(resolution=1024, guidance=4.5, dtype="bfloat16",
+                                                 max_sequence_length=300)
+    lora = untrained(load(folder("zimage")))
+    for layer in ("all_x_embedder.2-1", "cap_embedder.1"):
+        size = linear_layers(load(folder("zimage")).transformer)[layer]
+        save_lora(lora | {layer: (torch.ones(1, size.in_features), torch.ones(size.out_features, 1), 1)},
+                  tmp_path / layer)
+    draw = ["--prompt", "a cup", "--num-images", 1, "--num-steps", 1, "--out", tmp_path / "out"]
+    for name, flags, message in (
+            ("flux", ["--no-t5"], "--no-t5: "), ("qwen", ["--no-t5"], "has no T5 that it could do without"),
+            ("schnell", ["--guidance", 3.5], "guidance 3.5: "),
+            ("schnell", ["--guidance", 3.5], "was distilled to do without"),
+            (str(klein), ["--guidance", 4], "was distilled to do without"),
+            ("zimage", ["--lora", tmp_path / "all_x_embedder.2-1"], "it adapts all_x_embedder.2-1"),
+            ("zimage", ["--lora", tmp_path / "cap_embedder.1"], "it adapts cap_embedder.1"),
+            ("flux", ["--resolution", 72], "--resolution 72: this model draws multiples of 16"),
+            ("sana", ["--resolution", 48], "draws multiples of 32"),
+            ("flux", ["--max-sequence-length", 600], "the pipeline takes at most 512"),
+            ("qwen", ["--max-sequence-length", 1100], "the pipeline takes at most 1024")):
+        place = name if os.path.isdir(name) else folder(name)
+        size = [] if "--resolution" in flags else ["--resolution", 32]
+        assert message in refused("sample.py", "--model", place, *draw, *size, *flags)
+    capsys.readouterr()
+    run("sample.py", "--model", folder("flux"), *draw, "--resolution", 32)
+    assert "its defaults: --guidance 3.5, --dtype bfloat16, --max-sequence-length 512" in capsys.readouterr().out
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    said = refused("sample.py", "--model", tmp_path, *draw)
+    assert "a WanPipeline; this program knows StableDiffusion3Pipeline, FluxPipeline" in said
+
+
+def test_max_sequence_length_is_that_of_the_text(folder, capsys):
+    for name in NAMES:
+        model, text = load(folder(name), max_sequence_length=24), "a cup and " * 20
+        assert model.encode([text])[0][0].shape[0] == (77 + 24 if name == "sd3" else 24), name
+        model.note_long([text, "a cup"])
+        assert "of 2 prompts 1 are longer than text_encoder reads" in capsys.readouterr().out
+
+
+def test_layouts_of_the_original_network(folder, tmp_path):
+    """FLUX.2's: one matrix for queries, keys and values."""
+    A, B, file = torch.randn(4, 32), torch.randn(96, 4), str(tmp_path / "x.safetensors")
+    single = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+    width = linear_layers(load(folder("klein")).transformer)[single].out_features
+    more = {"A": torch.randn(4, 32), "B": torch.randn(width, 4)}
+    keys = {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{kind}.weight": p for kind, p in (("A", A), ("B", B))}
+    keys |= {f"diffusion_model.single_blocks.0.linear1.lora_{kind}.weight": p for kind, p in more.items()}
+    save_file(keys, file)
+    found = lora_of(file, folder("klein"))
+    assert set(found) == {single, *(f"transformer_blocks.0.attn.to_{k}" for k in "qkv")}
+    for k, rows in zip("qkv", B.split(32)):
+        A2, B2, alpha = found[f"transformer_blocks.0.attn.to_{k}"]
+        assert alpha == 4 and torch.allclose(B2 @ A2, rows @ A, atol=1e-5)

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import flow_sde
 import rewards
-from flow_sde import HERE, SD3, die, kl, randn, rollout, save_lora, transition, write_json
+from flow_sde import HERE, SD3, die, kl, pipeline_folder, randn, rollout, save_lora, transition, write_json
 
 SIZES = {  # layers, heads, width of a head, layers with two attentions, text width, CLIP layers, VAE channels
     "tiny-random": (2, 2, 16, 1, 64, 1, 8), "mid-random": (4, 14, 64, 2, 512, 1, 16), "sd35m-random": (24, 24, 64, 13, 4096, 12, 128)}
@@ -75,6 +75,8 @@ if args.script != "distill.py" and args.recipe != ["ours"]:
     die("--recipe is for --script distill.py")
 if min(args.teachers, args.updates, args.batch_size, args.micro_batch_size) < 1 or args.num_steps < 2:
     die("--teachers, --updates, --batch-size and --micro-batch-size must be at least 1, --num-steps at least 2")
+if args.model not in SIZES and pipeline_folder(args.model, only=())[1].__name__ != "StableDiffusion3Pipeline":
+    die(f"--model {args.model}: only Stable Diffusion 3 is measured here")
 if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
     die(f"--out {args.out}: there is no such folder")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

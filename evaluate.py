@@ -31,53 +31,124 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flow_sde import (StopSignal, die, end_processes, file_hash, fingerprint, generators, load_model,
-                      load_prompts, own_folder, parse_args, parse_specs, save_grid, start_processes, write,
-                      write_json)
-from rewards import (RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards,
-                     pil, read_picture, rewards_of, score_batch)
+from flow_sde import (
+    StopSignal,
+    die,
+    end_processes,
+    file_hash,
+    fingerprint,
+    generators,
+    load_model,
+    load_prompts,
+    own_folder,
+    parse_args,
+    parse_specs,
+    save_grid,
+    start_processes,
+    write,
+    write_json,
+)
+from rewards import (
+    RewardError,
+    Unavailable,
+    check_rewards,
+    encoded,
+    markdown,
+    mean_error,
+    parse_rewards,
+    pil,
+    read_picture,
+    rewards_of,
+    score_batch,
+)
 
 TASKS = ("compose", "ocr", "scene")
-TOY = dict(model="toy/base", models=["base"] + [f"{t}=toy/teachers/{t}" for t in (*TASKS, "quality")],
-           tasks=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
-           reward=[f"toy.{t}" for t in (*TASKS, "quality")], resolution=32, dtype="float32",
-           guidance=1.0, eval_num_steps=10, eval_batch_size=128)
+TOY = dict(
+    model="toy/base",
+    models=["base"] + [f"{t}=toy/teachers/{t}" for t in (*TASKS, "quality")],
+    tasks=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+    reward=[f"toy.{t}" for t in (*TASKS, "quality")],
+    resolution=32,
+    dtype="float32",
+    guidance=1.0,
+    eval_num_steps=10,
+    eval_batch_size=128,
+)
 # The paper's Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4; our scores are divided already
 PAPER = ("geneval", "ocr", "deqa", "pickscore")
 
 # -- flags ---------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"],
-    help="the rows, LoRAs or full fine-tunes; `base` is the bare model")
-add("--folders", nargs="+", metavar="NAME=DIR",
+add(
+    "--model",
+    help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it",
+)
+add(
+    "--models",
+    nargs="+",
+    metavar="NAME=LORA[,guidance=G]",
+    default=["base"],
+    help="the rows, LoRAs or full fine-tunes; `base` is the bare model",
+)
+add(
+    "--folders",
+    nargs="+",
+    metavar="NAME=DIR",
     help="instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names end "
     "in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as "
     "for diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval: "
-    "00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff")
-add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE",
-    help="held-out prompts (.txt, .jsonl, .json, .csv, .tsv)")
-add("--samples-per-prompt", type=int, default=1,
-    help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity")
-add("--reward", nargs="+", metavar="NAME[@TASK]",
-    help="the columns; one called like a task, or tied to one, scores that task only")
+    "00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff",
+)
+add(
+    "--tasks",
+    "--prompts",
+    nargs="+",
+    metavar="TASK=FILE",
+    help="held-out prompts (.txt, .jsonl, .json, .csv, .tsv)",
+)
+add(
+    "--samples-per-prompt",
+    type=int,
+    default=1,
+    help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity",
+)
+add(
+    "--reward",
+    nargs="+",
+    metavar="NAME[@TASK]",
+    help="the columns; one called like a task, or tied to one, scores that task only",
+)
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
-add("--report", action="store_true",
-    help="write OUT/report.html: the pictures of all models side by side, scores under them, to be sorted")
+add(
+    "--report",
+    action="store_true",
+    help="write OUT/report.html: the pictures of all models side by side, scores under them, to be sorted",
+)
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
-add("--dtype", choices=["float32", "bfloat16", "float16"],
-    help="of the frozen networks; what is trained is float32")
-add("--no-t5", action="store_true",
-    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
-add("--max-sequence-length", type=int,
-    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add(
+    "--dtype",
+    choices=["float32", "bfloat16", "float16"],
+    help="of the frozen networks; what is trained is float32",
+)
+add(
+    "--no-t5",
+    action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)",
+)
+add(
+    "--max-sequence-length",
+    type=int,
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)",
+)
+add(
+    "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
+)
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
@@ -95,7 +166,9 @@ if idle := [t for t in prompts if not rewards_of(t, rewards, prompts)]:
 if any(m.startswith("base=") for m in args.models):
     die("--models base=...: `base` is the bare model; call the LoRA something else")
 folders = {name: s["value"] for name, s in parse_specs("--folders", args.folders).items()}
-specs = parse_specs("--models", [m for m in args.models if m != "base" and not folders], guidance=args.guidance)
+specs = parse_specs(
+    "--models", [m for m in args.models if m != "base" and not folders], guidance=args.guidance
+)
 names = list(folders) or (["base"] if "base" in args.models else []) + list(specs)
 guidance = {name: specs[name]["guidance"] if name in specs else args.guidance for name in names}
 
@@ -147,12 +220,16 @@ def made_elsewhere(name, task):
         die(f"--folders {name}: {place} has no pictures")
     per_prompt, rest = divmod(len(pictures), needed // each)
     if per_prompt not in (0, each) and not rest:
-        die(f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give "
-            f"--samples-per-prompt {per_prompt}")
+        die(
+            f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give "
+            f"--samples-per-prompt {per_prompt}"
+        )
     last = [re.search(r"(\d+)\D*$", file.stem) for file in pictures]
     first = [re.match(r"(\d+)-", file.stem) for file in pictures]
-    ways = {"the last number of a name": [m and int(m[1]) for m in last],
-            "the number that a name begins with": [m and int(m[1]) for m in first]}
+    ways = {
+        "the last number of a name": [m and int(m[1]) for m in last],
+        "the number that a name begins with": [m and int(m[1]) for m in first],
+    }
     if geneval:
         numbers = [int(file.parts[-3]) * each + int(m[1]) if m else None for file, m in zip(pictures, last)]
         ways = {"the folders' numbers": numbers}
@@ -166,17 +243,23 @@ def made_elsewhere(name, task):
         die(f"--folders {name}: {place}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
     [(way, order), *others] = orders.items()
     if any(other != order for _, other in others):
-        die(f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the "
-            "number that counts")
+        die(
+            f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the "
+            "number that counts"
+        )
     titles = {title(row) for row in prompts[task]}
     for row, file in zip(prompts[task], order):
         named = re.sub(r"_\d+$", "", file.stem)
         if named in titles and named != title(row):
-            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks "
-                "others, or in another order?")
+            die(
+                f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks "
+                "others, or in another order?"
+            )
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for "
-              f"{prompts[task][-1]['prompt']!r}")
+        print(
+            f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for "
+            f"{prompts[task][-1]['prompt']!r}"
+        )
     return [str(file) for file in order]
 
 
@@ -185,6 +268,7 @@ files = {(name, task): find(name, task) for name in names for task in prompts}
 accelerator = start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 own_folder(args.out, accelerator)
+
 
 # -- what is there already -----------------------------------------------------------------------------------
 def score_rows(place):
@@ -207,8 +291,11 @@ for name, task in files if rank == 0 else ():
         listing = [file_hash(f) for f in files[name, task]]
         settings = {"pictures": hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}
     else:
-        settings = {"model": base, "guidance": guidance[name],
-                    "LoRA": fingerprint(specs[name]["value"]) if name in specs else None}
+        settings = {
+            "model": base,
+            "guidance": guidance[name],
+            "LoRA": fingerprint(specs[name]["value"]) if name in specs else None,
+        }
         for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
             settings[key] = getattr(args, key)
     settings |= {"prompts": fingerprint(task_files[task]), "samples_per_prompt": args.samples_per_prompt}
@@ -216,8 +303,10 @@ for name, task in files if rank == 0 else ():
         before = json.load(open(path))
         changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed:
-            die(f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another "
-                "--out, or delete that folder")
+            die(
+                f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another "
+                "--out, or delete that folder"
+            )
     settings_files[path] = settings
     lines = [json.dumps(row) + "\n" for row in score_rows(place)]  # what each process wrote, in one file
     write(os.path.join(place, "scores.jsonl"), "".join(lines))
@@ -238,7 +327,7 @@ for name, task in files:
     have = read_scores(name, task)
     numbers, step = list(range(len(prompts[task]))), args.eval_batch_size
     for start in range(rank * step, len(numbers), world * step):  # the same batches for any number of them
-        batch, unscored = numbers[start:start + step], {}
+        batch, unscored = numbers[start : start + step], {}
         for reward in rewards_of(task, rewards, prompts):
             some = [i for i in batch if (rewards[reward].identity, i) not in have]
             if some:
@@ -261,7 +350,7 @@ for path, settings in settings_files.items():
     write_json(path, settings)
 
 # -- make the pictures; beside that, a thread writes them and one per reward scores them ---------------------
-AT_ONCE = 2 ** 23  # pixels that a reward looks at together; a larger picture comes alone
+AT_ONCE = 2**23  # pixels that a reward looks at together; a larger picture comes alone
 stop, writing, broken, unreadable = StopSignal(), threading.Lock(), [], set()
 waiting, drawn = {n: queue.Queue(maxsize=4) for n in rewards}, queue.Queue(maxsize=2)
 total = sum(len(batch) * made + sum(map(len, unscored.values())) for _, _, batch, unscored, made in jobs)
@@ -381,8 +470,15 @@ def draw_all():
         made = None
         if missing:
             texts = [prompts[task][i]["prompt"] for i in batch]
-            made = model.generate(texts, generators(args.seed, 0, batch), args.eval_num_steps, args.resolution,
-                                  name, guidance[name], strict=False)
+            made = model.generate(
+                texts,
+                generators(args.seed, 0, batch),
+                args.eval_num_steps,
+                args.resolution,
+                name,
+                guidance[name],
+                strict=False,
+            )
         hand_on(drawn, (job, made))
     hand_on(drawn, None)
 
@@ -436,8 +532,15 @@ def diversity(name, task):
 def summary(name):
     """A model's row of results.json. Means are over the scores that are there; `missing` counts those that
     are not. GenEval's is the mean of its tags' means, as its authors have it."""
-    row = {"model": name, "n": sum(map(len, prompts.values())), "scores": {}, "stderr": {}, "tasks": {},
-           "tags": {}, "missing": {}}
+    row = {
+        "model": name,
+        "n": sum(map(len, prompts.values())),
+        "scores": {},
+        "stderr": {},
+        "tasks": {},
+        "tags": {},
+        "missing": {},
+    }
 
     def means(groups):
         return {key: mean_error(torch.tensor(values, dtype=torch.float64)) for key, values in groups.items()}
@@ -469,7 +572,7 @@ def summary(name):
                 row["scores"][reward] = sum(tag_means) / len(tag_means)
                 row["stderr"][reward] = None
                 if None not in errors:
-                    row["stderr"][reward] = sum(e ** 2 for e in errors) ** 0.5 / len(errors)
+                    row["stderr"][reward] = sum(e**2 for e in errors) ** 0.5 / len(errors)
     if args.samples_per_prompt > 1:
         apart = {task: diversity(name, task) for task in prompts}
         there = {task: values[~values.isnan()].tolist() for task, values in apart.items()}
@@ -568,16 +671,22 @@ def article_html(task, first, have):
                 said.append(f"{reward} {'missing' if value is None else format(value, '.3f')}")
             place = pathlib.Path(os.path.relpath(files[name, task][i], args.out)).as_posix()
             link = html.escape(urllib.parse.quote(place))
-            figures.append(f'<figure><a href="{link}"><img loading="lazy" src="{link}" alt="no picture"></a>'
-                           f'<figcaption>{html.escape(", ".join(said))}</figcaption></figure>')
+            figures.append(
+                f'<figure><a href="{link}"><img loading="lazy" src="{link}" alt="no picture"></a>'
+                f"<figcaption>{html.escape(', '.join(said))}</figcaption></figure>"
+            )
         means[name] = {reward: None if None in v else sum(v) / len(v) for reward, v in values.items()}
-        models.append(f'<div><div class="model">{html.escape(name)}</div>'
-                      f'<div class="samples">{"".join(figures)}</div></div>')
-    return (f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" '
-            f'data-scores="{html.escape(json.dumps(means))}">\n'
-            f'<h2>{html.escape(prompts[task][first]["prompt"])} '
-            f'<small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>\n'
-            f'<div class="models">{"".join(models)}</div>\n</article>')
+        models.append(
+            f'<div><div class="model">{html.escape(name)}</div>'
+            f'<div class="samples">{"".join(figures)}</div></div>'
+        )
+    return (
+        f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" '
+        f'data-scores="{html.escape(json.dumps(means))}">\n'
+        f"<h2>{html.escape(prompts[task][first]['prompt'])} "
+        f"<small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>\n"
+        f'<div class="models">{"".join(models)}</div>\n</article>'
+    )
 
 
 def report(tables):
@@ -590,9 +699,16 @@ def report(tables):
 
     def options(values):
         return "".join(f"<option>{html.escape(value)}</option>" for value in values)
-    parts = {"IMAGES": "pixelated" if max(widths) < 128 else "auto", "ACROSS": str(min(2, each)),
-             "TABLES": "\n".join(map(table_html, tables)), "PROMPTS": "\n".join(articles),
-             "TASKS": options(prompts), "REWARDS": options(rewards), "MODELS": options(names)}
+
+    parts = {
+        "IMAGES": "pixelated" if max(widths) < 128 else "auto",
+        "ACROSS": str(min(2, each)),
+        "TABLES": "\n".join(map(table_html, tables)),
+        "PROMPTS": "\n".join(articles),
+        "TASKS": options(prompts),
+        "REWARDS": options(rewards),
+        "MODELS": options(names),
+    }
     return re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)
 
 
@@ -612,8 +728,7 @@ if rank == 0:
     each = args.samples_per_prompt
     chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), each)[:shown]]
     grid = {name: [thumbnail(files[name, task][i], 512) for task, i in chosen] for name in names}
-    save_grid(os.path.join(args.out, "samples.png"), grid,
-              [prompts[task][i]["prompt"] for task, i in chosen])
+    save_grid(os.path.join(args.out, "samples.png"), grid, [prompts[task][i]["prompt"] for task, i in chosen])
     write_json(os.path.join(args.out, "results.json"), results)
     write(os.path.join(args.out, "results.md"), "\n\n".join(tables) + "\n")
     print("\n\n".join(tables))

@@ -42,13 +42,16 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 OWNED = []  # the locks of the folders this process writes, held until it ends
 go_on = "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # their notes on optional packages are not this program's output
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # their notes on optional packages are not this program's output
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 # ======================================================================================================================
 # 1. The flow-SDE
 # ======================================================================================================================
+
 
 def transition(x, v, t, t_next, noise_level, sde="flow"):
     """The Gaussian that one sampling step draws from. x, v: (B, ...) -> mean (B, ...), std float.
@@ -66,7 +69,7 @@ def transition(x, v, t, t_next, noise_level, sde="flow"):
         return x - (v + s * s / (2 * t) * (x + (1 - t) * v)) * dt, s * math.sqrt(dt)
     if sde == "cps":
         std = t_next * math.sin(noise_level * math.pi / 2)
-        return (1 - t_next) * (x - t * v) + math.sqrt(t_next ** 2 - std ** 2) * (x + (1 - t) * v), std
+        return (1 - t_next) * (x - t * v) + math.sqrt(t_next**2 - std**2) * (x + (1 - t) * v), std
     raise ValueError(f"sde must be flow, cps or ode, not {sde!r}")
 
 
@@ -83,7 +86,7 @@ def kl(mean, mean_teacher, std):
 
     For the flow-SDE at t < 1 this is w(t) ||v - v_teacher||^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2: distillation on the
     student's own states is a weighted regression of velocities."""
-    return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std ** 2)
+    return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std**2)
 
 
 WEIGHTINGS = ("uniform", "kl", "kl-dt", "dt2")
@@ -100,7 +103,7 @@ def step_weights(steps, noise_level, sde, weighting):
     w = {}
     for t, t_next in steps:
         mean, std = transition(0.0, 1.0, t, t_next, noise_level, sde)  # of a distance of 1
-        w[t] = mean ** 2 / (2 * std ** 2)
+        w[t] = mean**2 / (2 * std**2)
     if weighting == "kl":
         return dict.fromkeys(w, 1.0)
     if weighting == "uniform":
@@ -117,7 +120,7 @@ def centred_log_ratio(x_next, mean, mean_old, std):
 
     On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip range would cut
     one side only; with that mean taken off (GRPO-Guard, arXiv 2510.22319) it is (x_next - mean_old)(mean - mean_old) / std^2."""
-    return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std ** 2
+    return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
 
 
 def clipped_surrogate(log_ratio, advantage, clip_range):
@@ -157,7 +160,9 @@ def rollout(velocity, x, sigmas, noise_levels, sde, randn):
 def generators(seed, step, indices):
     """One random generator per sample, a pure function of (seed, step, index in the global batch): what a sample draws
     depends neither on the batch it sits in nor on the number of processes."""
-    seeds = [int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1) for i in indices]
+    seeds = [
+        int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1) for i in indices
+    ]
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
@@ -178,6 +183,7 @@ def to_device(values, device):
 # ======================================================================================================================
 # 2. The model: one frozen base, everything else is an adapter on it
 # ======================================================================================================================
+
 
 class LoRALinear(torch.nn.Linear):
     """A frozen linear layer with named LoRAs, W x + alpha/r B A x; every row of a batch x (rows, ..., in) may
@@ -229,6 +235,7 @@ class RMSNorm(torch.nn.Module):
 
 class Asked:
     """Whom the layers of a network answer as; see LoRALinear."""
+
     name = rows = None
 
 
@@ -275,14 +282,17 @@ class Model:
     def mu(self, tokens, num_steps):
         """The shift of the schedule for a picture of so many tokens, if the scheduler shifts dynamically."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
 
     def euler_scheduler(self):
         scheduler, model = self.pipe.scheduler, self.sources["base"]
         if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            die(f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
-                "FlowMatchEulerDiscreteScheduler does")
+            die(
+                f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
+                "FlowMatchEulerDiscreteScheduler does"
+            )
         if scheduler.config.stochastic_sampling:
             die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
         return scheduler
@@ -298,8 +308,16 @@ class Model:
         side = math.isqrt(latents.shape[1]) * self.unit
         return self.pipe._unpack_latents(latents, side, side, self.pipe.vae_scale_factor)
 
-    def __init__(self, model, dtype=torch.float32, device="cpu", use_t5=True, offload=False, gradient_checkpointing=False,
-                 max_sequence_length=None):
+    def __init__(
+        self,
+        model,
+        dtype=torch.float32,
+        device="cpu",
+        use_t5=True,
+        offload=False,
+        gradient_checkpointing=False,
+        max_sequence_length=None,
+    ):
         max_sequence_length = max_sequence_length or flag_defaults(model)["max_sequence_length"]
         if max_sequence_length > self.most_tokens:
             die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}")
@@ -346,8 +364,10 @@ class Model:
         sigmas = self.scheduler.sigmas.tolist()
         falling = all(t > t_next for t, t_next in zip(sigmas, sigmas[1:]))
         if abs(sigmas[0] - 1) > 1e-6 or sigmas[-1] != 0 or not falling:
-            die(f"--num-steps {num_steps}: the sigmas of the model's scheduler do not fall from 1 to 0: "
-                f"{listing(sigmas)}")
+            die(
+                f"--num-steps {num_steps}: the sigmas of the model's scheduler do not fall from 1 to 0: "
+                f"{listing(sigmas)}"
+            )
         return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
@@ -357,10 +377,12 @@ class Model:
         side, rest = divmod(resolution, self.unit)
         most = config.get("pos_embed_max_size")
         if rest or side <= 0 or most and side > most:
-            die(f"--resolution {resolution}: this model draws multiples of {self.unit}"
-                + (f" up to {most * self.unit}" if most else ""))
+            die(
+                f"--resolution {resolution}: this model draws multiples of {self.unit}"
+                + (f" up to {most * self.unit}" if most else "")
+            )
         if self.packed:
-            return side ** 2, config.in_channels
+            return side**2, config.in_channels
         return config.in_channels, side * self.patch, side * self.patch
 
     def note_long(self, prompts):
@@ -386,7 +408,7 @@ class Model:
             t.data = to_device(t.data, self.device)
         parts = []
         for i in range(0, len(unique), 16):
-            found = self.pipe.encode_prompt(unique[i:i + 16], **self.text_options | options)
+            found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
             parts.append([self._as_read(found[k], found[0]) for k in self.takes])
         for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
             t.data = data
@@ -413,7 +435,9 @@ class Model:
         where guidance is `embedded`."""
         names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
         scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
-        assert len(names) == len(scales) == len(x) == len(cond[0]), "one adapter, one guidance and one prompt per sample"
+        assert len(names) == len(scales) == len(x) == len(cond[0]), (
+            "one adapter, one guidance and one prompt per sample"
+        )
         guided = [i for i, g in enumerate(scales) if g != 1]
         if guided and not self.guidable:
             die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to do without; give 1")
@@ -425,7 +449,7 @@ class Model:
         both = [join_rows(*kind) for kind in zip(cond, take_rows(self.null, [0] * len(guided)))]
         x_in, asked = torch.cat([x, x[index]]), names + [names[i] for i in guided]
         v = self._forward(x_in.to(self.dtype), t, both, asked).float()
-        v_cond, v_uncond = v[:len(x)], v[len(x):]
+        v_cond, v_uncond = v[: len(x)], v[len(x) :]
         if len(guided) == len(x) and len(set(scales)) == 1:
             return self.guide(v_cond, v_uncond, scales[0])
         g = to_device([scales[i] for i in guided], x.device).view(-1, *[1] * (x.dim() - 1))
@@ -464,8 +488,10 @@ class Model:
         def run(*inputs):
             with self._asking(name, rows):
                 return block(*inputs)
+
         return torch.utils.checkpoint.checkpoint(  # no dropout: nothing is drawn
-            run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            run, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _rows(self, names):
         """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
@@ -484,7 +510,7 @@ class Model:
         rows = torch.zeros(len(names), most, dtype=torch.long)
         for i, n in enumerate(names):
             if n != "base":
-                rows[i, :self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
+                rows[i, : self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
         return to_device(rows, self.device)
 
     def compile(self, **options):
@@ -503,19 +529,31 @@ class Model:
         the memory. A picture that is not finite is all NaN, never black; where the names of those who drew
         are given, one or one per sample, it ends the program with its own."""
         latents = self.to_vae(latents.float())
-        at_once = max(1, 2 ** 20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor ** 2))
+        at_once = max(1, 2**20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor**2))
         pictures = torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5)
         pictures = pictures.reshape(len(latents), 3, *pictures.shape[-2:])  # also a video of one frame
         finite = pictures.isfinite().flatten(1).all(1)
         if names is not None and not finite.all():
             name = names if isinstance(names, str) else names[finite.tolist().index(False)]
-            die(f"{name} ({self.sources.get(name, 'in training')}) draws a picture that is not finite: its "
-                f"weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}")
+            die(
+                f"{name} ({self.sources.get(name, 'in training')}) draws a picture that is not finite: its "
+                f"weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}"
+            )
         return torch.where(finite.view(-1, 1, 1, 1), pictures.clamp(0, 1), math.nan)
 
     @torch.no_grad()
-    def generate(self, prompts, gens, num_steps, resolution, adapter="base", guidance=1.0, noise_level=0.0,
-                 sde="flow", strict=True):
+    def generate(
+        self,
+        prompts,
+        gens,
+        num_steps,
+        resolution,
+        adapter="base",
+        guidance=1.0,
+        noise_level=0.0,
+        sde="flow",
+        strict=True,
+    ):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
         pipeline's. A picture that is not finite ends the program with the model's name; without `strict` it
         is returned as NaN."""
@@ -553,10 +591,21 @@ class Model:
             die(f"{path}: a {found}; this model's transformer is a {kind.__name__}")
         network = load_network(kind, folder, self.dtype, self.device)
         ours, theirs = self.transformer.config, network.config
-        inputs = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim",
-                  "pos_embed_max_size", "guidance_embeds", "cap_feat_dim", "caption_channels")
-        odd = [f"{key} is {theirs.get(key)}, the model's {ours[key]}" for key in inputs
-               if key in ours and theirs.get(key) != ours[key]]
+        inputs = (
+            "in_channels",
+            "patch_size",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+            "pos_embed_max_size",
+            "guidance_embeds",
+            "cap_feat_dim",
+            "caption_channels",
+        )
+        odd = [
+            f"{key} is {theirs.get(key)}, the model's {ours[key]}"
+            for key in inputs
+            if key in ours and theirs.get(key) != ours[key]
+        ]
         if odd:
             die(f"{path}: a transformer that does not fit this model: {listing(odd)}")
         self.full[name] = network
@@ -578,8 +627,10 @@ class Model:
         lora = read_lora(path, self.pipe.transformer, type(self.pipe))
         mixed = [n for n in lora if n.startswith(self.token_layers)]
         if mixed:
-            die(f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in "
-                "one row, so that they could not have different adapters")
+            die(
+                f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in "
+                "one row, so that they could not have different adapters"
+            )
         self.add_adapter(name, lora)
         self.sources[name] = path
 
@@ -604,7 +655,11 @@ class Model:
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
         weights, layers = self.weights(name), dict(self.pipe.transformer.named_modules())
-        return {n: (p.detach(), weights[n, "B"].detach(), layers[n].scaling[name] * len(p)) for (n, kind), p in weights.items() if kind == "A"}
+        return {
+            n: (p.detach(), weights[n, "B"].detach(), layers[n].scaling[name] * len(p))
+            for (n, kind), p in weights.items()
+            if kind == "A"
+        }
 
     def copy_adapter(self, source, name):
         """A frozen twin of an adapter under another name."""
@@ -635,17 +690,24 @@ def filled(x, value):
 
 class SD3(Model):
     """Stable Diffusion 3.x. Its LoRAs adapt no `attn2`, the second attention of 3.5-Medium's first blocks."""
+
     defaults = Model.defaults | dict(guidance=4.5, dtype="float16", max_sequence_length=256)
     takes, even_grid, optional = (0, 2), False, ("text_encoder_3", "tokenizer_3")
 
     def net(self, network, x, t, embeds, pooled):
         time = filled(x, t * self.scheduler.config.num_train_timesteps)
-        return network(hidden_states=x, timestep=time, encoder_hidden_states=embeds, pooled_projections=pooled,
-                       return_dict=False)[0]
+        return network(
+            hidden_states=x,
+            timestep=time,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
 
 
 class Flux(Model):
     """FLUX.1: dev reads its guidance as a number, schnell has none."""
+
     defaults = Model.defaults | dict(guidance=3.5)
     distilled_defaults = dict(guidance=1.0, max_sequence_length=256)
     takes, packed = (0, 1), True
@@ -663,6 +725,7 @@ class Flux(Model):
 
 class Flux2(Model):
     """FLUX.2: klein's base is guided, klein itself was distilled; dev reads its guidance as a number."""
+
     packed = True
 
     @classmethod
@@ -677,6 +740,7 @@ class Flux2(Model):
 
     def mu(self, tokens, num_steps):
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
         return compute_empirical_mu(tokens, num_steps)
 
     def to_vae(self, latents):
@@ -688,6 +752,7 @@ class Flux2(Model):
 
 class QwenImage(Model):
     """Qwen-Image: after guidance, every token gets the length back that it had without."""
+
     takes, null_prompt, packed, most_tokens = (0, 1), " ", True, 1024
 
     def net(self, network, x, t, embeds, mask):
@@ -708,6 +773,7 @@ class QwenImage(Model):
 class ZImage(Model):
     """Z-Image: takes lists, of texts of any length, counts t from the other end and returns -v. Turbo is not
     to be guided, which its files do not say; the base is. The pipeline's guidance_scale is one less."""
+
     defaults = Model.defaults | dict(guidance=1.0)
     attention, token_layers = "attention", ("all_x_embedder.", "cap_embedder.")
 
@@ -720,6 +786,7 @@ class ZImage(Model):
 class Sana(Model):
     """SANA. A prompt is read after an instruction, the null prompt without. The pipeline's scheduler is a DPM
     solver; Euler's steps on the same ODE take its place."""
+
     defaults = Model.defaults | dict(resolution="its own", guidance=4.5, max_sequence_length=300)
     takes, even_grid, null_options = (0, 1), False, dict(complex_human_instruction=None)
     attention = "attn[12]"
@@ -730,6 +797,7 @@ class Sana(Model):
 
     def euler_scheduler(self):
         from diffusers import FlowMatchEulerDiscreteScheduler
+
         config = self.pipe.scheduler.config
         if config.get("prediction_type") != "flow_prediction":
             return super().euler_scheduler()
@@ -740,16 +808,29 @@ class Sana(Model):
         return network(x, embeds, time, encoder_attention_mask=mask, return_dict=False)[0]
 
 
-FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2,
-            "Flux2Pipeline": Flux2, "QwenImagePipeline": QwenImage, "ZImagePipeline": ZImage,
-            "SanaPipeline": Sana}
+FAMILIES = {
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2,
+    "Flux2Pipeline": Flux2,
+    "QwenImagePipeline": QwenImage,
+    "ZImagePipeline": ZImage,
+    "SanaPipeline": Sana,
+}
 
 
 def load_model(args, device):
     """The Model that a script's flags describe, of the family that the pipeline belongs to."""
     family = FAMILIES[pipeline_folder(args.model, only=())[1].__name__]
-    return family(args.model, getattr(torch, args.dtype), device, not args.no_t5, args.offload_text_encoders,
-                  getattr(args, "gradient_checkpointing", False), args.max_sequence_length)
+    return family(
+        args.model,
+        getattr(torch, args.dtype),
+        device,
+        not args.no_t5,
+        args.offload_text_encoders,
+        getattr(args, "gradient_checkpointing", False),
+        args.max_sequence_length,
+    )
 
 
 def flag_defaults(model):
@@ -793,6 +874,7 @@ def is_clip(encoder):
 def fuse_norms(network):
     """Give a network of diffusers PyTorch's RMS norm."""
     from diffusers.models.normalization import RMSNorm as TheirRMSNorm
+
     for module in network.modules():
         if type(module) is TheirRMSNorm and module.bias is None:
             module.__class__ = RMSNorm
@@ -803,6 +885,7 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     the VAE in float32. left_out: parts to do without; offload keeps the text encoders in the CPU's memory."""
     import diffusers
     import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # diffusers 0.37 ignores `dtype`
@@ -823,8 +906,10 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
         known = encoder.get_input_embeddings().num_embeddings
         if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
             part = part.replace("text_encoder", "tokenizer")
-            die(f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
-                f"and its text encoder knows {known}")
+            die(
+                f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
+                f"and its text encoder knows {known}"
+            )
     return pipe
 
 
@@ -843,8 +928,9 @@ def load_network(kind, folder, dtype, device):
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # `info` tells of them; diffusers raises
     try:
-        network, info = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True,
-                                             output_loading_info=True, **options)
+        network, info = kind.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     except Exception as error:
         die(f"{folder}: cannot be loaded: {first_line(error)}")
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -873,6 +959,7 @@ def skeleton(model):
     """A pipeline's transformer without weights (on the meta device), and the pipeline's class: what a LoRA
     must fit."""
     import diffusers
+
     folder, pipeline, index = pipeline_folder(model, only=["transformer/config.json"])
     with torch.device("meta"):
         kind = getattr(diffusers, index["transformer"][1])
@@ -885,15 +972,21 @@ def read_lora(path, network, pipeline):
     the weight of each module, or the program ends with what is wrong."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from safetensors.torch import load_file
+
     folder = locate(path)
     if transformer_folder(folder):
         die(f"{path}: a full fine-tune; here only a LoRA will do")
     file = folder
     if os.path.isdir(folder):
-        names = [name for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-                 if os.path.exists(os.path.join(folder, name))]
+        names = [
+            name
+            for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+            if os.path.exists(os.path.join(folder, name))
+        ]
         if not names:
-            die(f"{path}: neither adapter_model.safetensors (PEFT) nor pytorch_lora_weights.safetensors (diffusers) is in it")
+            die(
+                f"{path}: neither adapter_model.safetensors (PEFT) nor pytorch_lora_weights.safetensors (diffusers) is in it"
+            )
         file = os.path.join(folder, names[0])
     header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
     config, default_alpha = lora_settings(file, header, tensors)
@@ -904,10 +997,14 @@ def read_lora(path, network, pipeline):
     if strange or not parts:
         advice = ""
         if any(re.match(r"lora_|diffusion_model\.|.*joint_blocks", key) for key in strange):
-            advice = (". OneTrainer's convert_model.py makes diffusers' layout of kohya's and ComfyUI's "
-                      "(--training-method LORA --output-model-format DIFFUSERS_LORA)")
-        die(f"{path}: {len(strange)} keys belong to no LoRA of a linear layer in this model: "
-            f"{listing(strange)}{advice}")
+            advice = (
+                ". OneTrainer's convert_model.py makes diffusers' layout of kohya's and ComfyUI's "
+                "(--training-method LORA --output-model-format DIFFUSERS_LORA)"
+            )
+        die(
+            f"{path}: {len(strange)} keys belong to no LoRA of a linear layer in this model: "
+            f"{listing(strange)}{advice}"
+        )
 
     lora, wrong, assumed = {}, [], False
     for n, (A, B) in parts.items():
@@ -939,6 +1036,7 @@ def read_lora(path, network, pipeline):
 def by_pattern(patterns, name, default):
     """What peft's rank_pattern or alpha_pattern says of a module."""
     from peft.utils.other import get_pattern_key
+
     return (patterns or {}).get(get_pattern_key(patterns or (), name), default)
 
 
@@ -946,6 +1044,7 @@ def lora_settings(file, header, keys):
     """A LoRA file's LoraConfig, or None, and the alpha in its header, or None. Settings under which alpha/r B
     A is not all that the LoRA does to this base are refused."""
     from peft import LoraConfig, PeftConfig
+
     place, peft_keys = file, any(key.startswith("base_model.model.") for key in keys)
     if "lora_adapter_metadata" in header:  # diffusers'
         config = json_object(header["lora_adapter_metadata"], file)
@@ -962,8 +1061,10 @@ def lora_settings(file, header, keys):
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     start = config.get("init_lora_weights", True)
     if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        die(f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
-            "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it")
+        die(
+            f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
+            "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
@@ -987,7 +1088,8 @@ def lora_settings(file, header, keys):
 
 LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs that write a module's dots as _
     r"(?:transformer\.|diffusion_model\.|lora_transformer_|lora_unet_|lycoris_)?(?:base_model\.model\.)?(.+?)"
-    r"\.(?:(lora_A|lora_down|lora\.down)|(lora_B|lora_up|lora\.up)|alpha)(?:\.default)?(?:\.weight)?")
+    r"\.(?:(lora_A|lora_down|lora\.down)|(lora_B|lora_up|lora\.up)|alpha)(?:\.default)?(?:\.weight)?"
+)
 
 
 def lora_parts(tensors, layers):
@@ -1014,27 +1116,52 @@ def save_lora(lora, folder):
     `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha in its metadata: without it diffusers
     takes alpha = rank, and the picture is another one."""
     from safetensors.torch import save
+
     final = os.path.realpath(folder)
     folder = final + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    config = lora_config(lora).to_dict() | {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
+    config = lora_config(lora).to_dict() | {
+        "inference_mode": True,
+        "target_modules": sorted(lora),
+        "peft_type": "LORA",
+    }
     config = json.loads(json.dumps(config, default=str))
-    tensors = {f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous() for n, ab in lora.items() for kind, p in zip("AB", ab)}
+    tensors = {
+        f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous()
+        for n, ab in lora.items()
+        for kind, p in zip("AB", ab)
+    }
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    write(os.path.join(folder, "adapter_model.safetensors"), save({"base_model.model." + k: v for k, v in tensors.items()}, {"format": "pt"}))
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({"transformer." + k: v for k, v in config.items()}, sort_keys=True)}
-    write(os.path.join(folder, "pytorch_lora_weights.safetensors"), save({"transformer." + k: v for k, v in tensors.items()}, metadata))
+    write(
+        os.path.join(folder, "adapter_model.safetensors"),
+        save({"base_model.model." + k: v for k, v in tensors.items()}, {"format": "pt"}),
+    )
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(
+            {"transformer." + k: v for k, v in config.items()}, sort_keys=True
+        ),
+    }
+    write(
+        os.path.join(folder, "pytorch_lora_weights.safetensors"),
+        save({"transformer." + k: v for k, v in tensors.items()}, metadata),
+    )
     replace_folder(folder, final)
 
 
 def lora_config(lora):
     """peft's LoraConfig for {module: (A, B, alpha)}: the first layer's rank and alpha, and patterns for those that differ."""
     from peft import LoraConfig
+
     rank, alpha = next((len(A), alpha) for A, _, alpha in lora.values())
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(lora),
-                      rank_pattern={n: len(A) for n, (A, _, _) in lora.items() if len(A) != rank},
-                      alpha_pattern={n: al for n, (_, _, al) in lora.items() if al != alpha})
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(lora),
+        rank_pattern={n: len(A) for n, (A, _, _) in lora.items() if len(A) != rank},
+        alpha_pattern={n: al for n, (_, _, al) in lora.items() if al != alpha},
+    )
 
 
 def merge_loras(parts):
@@ -1055,10 +1182,17 @@ def truncate_lora(lora, rank):
     """The best approximation of every module's delta at a lower rank (SVD), in the same form."""
     out = {}
     for n, (A, B, alpha) in lora.items():
-        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)  # B A = Qb (Rb Ra^T) Qa^T
+        (Qb, Rb), (Qa, Ra) = (
+            torch.linalg.qr(B.double()),
+            torch.linalg.qr(A.double().T),
+        )  # B A = Qb (Rb Ra^T) Qa^T
         U, S, Vh = torch.linalg.svd(Rb @ Ra.T * (alpha / len(A)))
         root = S[:rank].sqrt()
-        out[n] = (root[:, None] * (Vh[:rank] @ Qa.T)).float(), (Qb @ U[:, :rank] * root).float(), min(rank, len(S))
+        out[n] = (
+            (root[:, None] * (Vh[:rank] @ Qa.T)).float(),
+            (Qb @ U[:, :rank] * root).float(),
+            min(rank, len(S)),
+        )
     return out
 
 
@@ -1074,9 +1208,18 @@ def locate(path):
         die(f"{path}: no such LoRA folder or file")
     repo, inside = m[1], m[2].strip("/")
     folder, file = os.path.split(inside) if inside.endswith(".safetensors") else (inside, "")
-    wanted = [file, "adapter_config.json"] if file else [
-        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",  # a LoRA
-        "config.json", "diffusion_pytorch_model*", "transformer/*"]  # a transformer, alone or of a pipeline
+    wanted = (
+        [file, "adapter_config.json"]
+        if file
+        else [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "pytorch_lora_weights.safetensors",  # a LoRA
+            "config.json",
+            "diffusion_pytorch_model*",
+            "transformer/*",
+        ]
+    )  # a transformer, alone or of a pipeline
     found = os.path.join(fetch(repo, [os.path.join(folder, name) for name in wanted]), inside)
     if not os.path.exists(found):
         die(f"{path}: {repo} is on the hub, but has no {inside}")
@@ -1098,10 +1241,13 @@ REVISIONS = {}  # of the hub's repositories, each as it was when this process fi
 def fetch(repo, patterns):
     """A hub repository's files, downloaded once; a clear end where it cannot be had."""
     from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(repo, revision=REVISIONS.get(repo), allow_patterns=patterns)
     except Exception as error:
-        die(f"{repo}: neither a local path nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]})")
+        die(
+            f"{repo}: neither a local path nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+        )
     REVISIONS[repo] = os.path.basename(folder)
     return folder
 
@@ -1110,6 +1256,7 @@ def pipeline_folder(model, left_out=(), only=None):
     """A pipeline's folder, its diffusers class, and its parts {name: [library, class]}. Of a hub id what
     diffusers needs is downloaded, but for the parts left out; or `only` these files."""
     import diffusers
+
     folder = model
     if not os.path.isdir(model):
         if os.path.exists(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
@@ -1123,8 +1270,9 @@ def pipeline_folder(model, left_out=(), only=None):
         die(f"--model {model}: a {index.get('_class_name')}; this program knows {', '.join(FAMILIES)}")
     if folder != model and only is None:
         try:
-            folder = kind.download(model, revision=os.path.basename(folder), use_safetensors=True,
-                                   **dict.fromkeys(left_out))
+            folder = kind.download(
+                model, revision=os.path.basename(folder), use_safetensors=True, **dict.fromkeys(left_out)
+            )
         except Exception as error:
             die(f"--model {model}: not to be had from the hub ({first_line(error)})")
     return folder, kind, {part: names for part, names in index.items() if isinstance(names, list)}
@@ -1151,14 +1299,18 @@ def read_header(file):
     """({key: dtype}, {name: text}) of a safetensors file; one that is not whole ends the program with its
     name."""
     from safetensors import safe_open
+
     try:
         with safe_open(file, "pt") as f:
             return {key: f.get_slice(key).get_dtype() for key in f.keys()}, f.metadata() or {}
     except Exception as error:
         with open(file, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")
-        die(f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned" if pointer else
-            f"{file}: not a whole safetensors file ({first_line(error)})")
+        die(
+            f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned"
+            if pointer
+            else f"{file}: not a whole safetensors file ({first_line(error)})"
+        )
 
 
 def first_line(error):
@@ -1168,6 +1320,7 @@ def first_line(error):
 # ======================================================================================================================
 # 3. What a run reads and leaves behind
 # ======================================================================================================================
+
 
 def say(message):
     """A line for the user, from the first process only."""
@@ -1184,17 +1337,25 @@ def report(flags, kind, error, trace):
     """sys.excepthook: a full disk or GPU is no bug, so it gets one line too. flags: what the script can save
     memory with."""
     if isinstance(error, torch.OutOfMemoryError):
-        print(f"{os.path.basename(sys.argv[0])}: the GPU's memory is full; less of it is needed with "
-              f"{', '.join(flags)} ({str(error).splitlines()[0][:160]})", file=sys.stderr)
+        print(
+            f"{os.path.basename(sys.argv[0])}: the GPU's memory is full; less of it is needed with "
+            f"{', '.join(flags)} ({str(error).splitlines()[0][:160]})",
+            file=sys.stderr,
+        )
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
-              f"saved before is whole. Make room, then {go_on}", file=sys.stderr)
+        print(
+            f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
+            f"saved before is whole. Make room, then {go_on}",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def listing(names, most=4):
-    return ", ".join(map(str, list(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    return ", ".join(map(str, list(names)[:most])) + (
+        f", ... ({len(names)} in all)" if len(names) > most else ""
+    )
 
 
 def parse_args(parser, toy):
@@ -1226,7 +1387,10 @@ def parse_args(parser, toy):
         if "model" in parser.given:
             say(f"{args.model}, its defaults: {as_flags({name: defaults[name] for name in open_flags})}")
     for action in parser._actions:
-        values, least = getattr(args, action.dest, None), 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
+        values, least = (
+            getattr(args, action.dest, None),
+            1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0,
+        )
         for value in values if isinstance(values, list) else [values]:
             if action.type in (int, float) and value is not None and not value >= least:
                 die(f"{action.option_strings[0]} {value}: must be at least {least}")
@@ -1282,11 +1446,15 @@ class Help(argparse.HelpFormatter):
         return {int: "N", float: "X"}.get(action.type, "PATH")
 
     def _format_args(self, action, metavar):
-        return f"{action.metavar or metavar} ..." if action.nargs in ("+", "*") else super()._format_args(action, metavar)
+        return (
+            f"{action.metavar or metavar} ..."
+            if action.nargs in ("+", "*")
+            else super()._format_args(action, metavar)
+        )
 
 
 def split_options(flag, spec, **options):
-    """"value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
+    """ "value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
     value, found = spec, dict(options)
     while m := re.fullmatch(rf"(.*),({'|'.join(options)})=([^,]*)", value, re.DOTALL) if options else None:
         if not re.fullmatch(r"\d+\.?\d*|\.\d+", m[3]):
@@ -1409,7 +1577,9 @@ def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
         turns = [task for task in tasks for _ in range(int(weights[task]))]
         weights = {task: float(task == turns[step % len(turns)]) for task in tasks}
     edges = np.cumsum([weights[t] for t in tasks]) / sum(weights[t] for t in tasks)
-    slots = np.searchsorted(edges, (np.arange(count) + rng.random()) / count, side="right").clip(max=len(tasks) - 1)
+    slots = np.searchsorted(edges, (np.arange(count) + rng.random()) / count, side="right").clip(
+        max=len(tasks) - 1
+    )
     return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
 
 
@@ -1417,12 +1587,22 @@ def start_processes(track=None, out=None):
     """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join torchrun's CPU processes: left to
     itself, every one of them would take itself for the only one."""
     from accelerate import Accelerator, InitProcessGroupKwargs
+
     for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
         if os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true"):
-            die(f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
-                "accelerate launch --multi_gpu")
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # for one another; one that dies is noticed by torchrun at once
-    return Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ, log_with=track, project_dir=out)
+            die(
+                f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
+                "accelerate launch --multi_gpu"
+            )
+    patience = InitProcessGroupKwargs(
+        timeout=datetime.timedelta(hours=2)
+    )  # for one another; one that dies is noticed by torchrun at once
+    return Accelerator(
+        kwargs_handlers=[patience],
+        cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ,
+        log_with=track,
+        project_dir=out,
+    )
 
 
 def end_processes(accelerator, failure=None):
@@ -1443,7 +1623,9 @@ def reduce_gradients(params, count):
     """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
     Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536
     dimensions would round to zero in half precision. A parameter that this process had no use for has a gradient of zero."""
-    flat = reduce_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]))
+    flat = reduce_sum(
+        torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    )
     for p, g in zip(params, (flat / count).split([p.numel() for p in params])):
         p.grad = g.view_as(p)
 
@@ -1483,8 +1665,10 @@ def reduce_sum(tensor):
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
-            die(f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends too: one has died, or this GPU is out of "
-                f"memory. What was saved before is whole, {go_on} ({str(error).splitlines()[0][:160]})")
+            die(
+                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends too: one has died, or this GPU is out of "
+                f"memory. What was saved before is whole, {go_on} ({str(error).splitlines()[0][:160]})"
+            )
     return tensor
 
 
@@ -1493,7 +1677,7 @@ def update_average(ema, params, decay, update):
     with d = decay^(1/8) (the paper: 0.9 once in 8 updates). The weights sum to 1 from the first update on, so where the run
     started has none, and there is no warm-up to choose."""
     d = decay ** (1 / 8)
-    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d ** update))
+    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d**update))
 
 
 def write(path, data):
@@ -1547,7 +1731,7 @@ def file_hash(file):
     """SHA-256 of a file. That of a large one is remembered for as long as its size and its times of change
     are the same."""
     stat, note = os.stat(file), None
-    if stat.st_size > 2 ** 26:
+    if stat.st_size > 2**26:
         key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
         note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
@@ -1556,7 +1740,7 @@ def file_hash(file):
                 return known
     digest = hashlib.sha256()
     with open(file, "rb") as f:
-        while part := f.read(2 ** 24):
+        while part := f.read(2**24):
             digest.update(part)
     if note:
         with contextlib.suppress(OSError):  # a home that cannot be written
@@ -1568,13 +1752,35 @@ def file_hash(file):
 def run_identity(args, processes, files, *free):
     """What makes a run the same run when it is resumed: its flags, except those that only say how long, where and how often, and the
     content of its files {what: path}."""
-    free = {*free, "steps", "out", "resume", "overwrite", "track", "save_every", "keep", "eval_every",
-            "eval_num_steps", "eval_batch_size", "micro_batch_size", "offload_text_encoders",
-            "gradient_checkpointing", "compile",
-            "model", "prompts", "eval_prompts", "teachers", "anchor", "init",  # these by content
-            "batch_size"}  # by its sum: fewer processes with more prompts each are the same run
-    return {k: v for k, v in vars(args).items() if k not in free} | {k: v and fingerprint(v) for k, v in files.items()} | {
-        "--batch-size x processes": args.batch_size * processes}
+    free = {
+        *free,
+        "steps",
+        "out",
+        "resume",
+        "overwrite",
+        "track",
+        "save_every",
+        "keep",
+        "eval_every",
+        "eval_num_steps",
+        "eval_batch_size",
+        "micro_batch_size",
+        "offload_text_encoders",
+        "gradient_checkpointing",
+        "compile",
+        "model",
+        "prompts",
+        "eval_prompts",
+        "teachers",
+        "anchor",
+        "init",  # these by content
+        "batch_size",
+    }  # by its sum: fewer processes with more prompts each are the same run
+    return (
+        {k: v for k, v in vars(args).items() if k not in free}
+        | {k: v and fingerprint(v) for k, v in files.items()}
+        | {"--batch-size x processes": args.batch_size * processes}
+    )
 
 
 def save_checkpoint(out, step, model, name, optimizer, identity, keep):
@@ -1583,9 +1789,14 @@ def save_checkpoint(out, step, model, name, optimizer, identity, keep):
     temporary, final = os.path.join(root, ".new"), os.path.join(root, f"{step:06d}")
     shutil.rmtree(temporary, ignore_errors=True)
     save_lora(model.lora("ema"), os.path.join(temporary, "lora"))
-    weights = {a: {f"{n}.{kind}": p.detach().cpu() for (n, kind), p in model.weights(a).items()} for a in (name, "ema")}
+    weights = {
+        a: {f"{n}.{kind}": p.detach().cpu() for (n, kind), p in model.weights(a).items()}
+        for a in (name, "ema")
+    }
     state = io.BytesIO()
-    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, state)
+    torch.save(
+        {"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, state
+    )
     write(os.path.join(temporary, "state.pt"), state.getbuffer())
     replace_folder(temporary, final)
     steps = saved_steps(out)
@@ -1615,8 +1826,10 @@ def own_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
             last = os.path.join(out, "checkpoints", steps[-1])
             goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
         if steps and not goes_on and not overwrite:
-            die(f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
-                "--overwrite deletes what it made, or give another --out")
+            die(
+                f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
+                "--overwrite deletes what it made, or give another --out"
+            )
         if os.path.exists(lora) and not steps and not inside and not overwrite:
             die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
         if inside and not goes_on:
@@ -1637,6 +1850,7 @@ def clear_folder(out):
 def lock_folder(out):
     """Take a folder's lock, which falls with this process, however it ends."""
     from filelock import FileLock, Timeout
+
     try:
         os.makedirs(out, exist_ok=True)
         OWNED.append(FileLock(os.path.join(out, ".lock"), is_singleton=True))
@@ -1662,7 +1876,9 @@ def resume_checkpoint(resume, out, steps, model, name, optimizer, identity):
         if found == 0:
             return 0
         if found != (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1):
-            die(f"--out {out}: some machines find checkpoints there and some do not; it must be a folder that all of them share")
+            die(
+                f"--out {out}: some machines find checkpoints there and some do not; it must be a folder that all of them share"
+            )
     state = None
     for folder in folders:
         file = os.path.join(folder, "state.pt")
@@ -1678,8 +1894,11 @@ def resume_checkpoint(resume, out, steps, model, name, optimizer, identity):
             say(f"note: {folder}: {problem}")
     if state is None:
         die(f"--resume {resume}: {problem}")
-    changed = [f"{k} was {state['identity'].get(k)!r}, now {identity.get(k)!r}" for k in sorted(identity.keys() | state["identity"].keys())
-               if state["identity"].get(k) != identity.get(k)]
+    changed = [
+        f"{k} was {state['identity'].get(k)!r}, now {identity.get(k)!r}"
+        for k in sorted(identity.keys() | state["identity"].keys())
+        if state["identity"].get(k) != identity.get(k)
+    ]
     if changed:
         die(f"--resume {resume}: {folder} is of another run: " + "; ".join(changed))
     if state["step"] > steps:
@@ -1696,8 +1915,15 @@ def start_run(out, start, args):
     """The log of a run, opened by the first process. A resumed run forgets what was logged after its
     checkpoint; a new one deletes what --overwrite gives up."""
     log = os.path.join(out, "log.jsonl")
-    made = lambda row: row["step"] < start or row["step"] == start and "seconds" in row  # a validation of the checkpoint is made again
-    write(log, "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line))) if start and os.path.exists(log) else "")
+    made = lambda row: (
+        row["step"] < start or row["step"] == start and "seconds" in row
+    )  # a validation of the checkpoint is made again
+    write(
+        log,
+        "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line)))
+        if start and os.path.exists(log)
+        else "",
+    )
     if args.overwrite:
         clear_folder(out)
     if not start:
@@ -1737,22 +1963,36 @@ class StopSignal:
 def plot_curves(out):
     """curves.png from log.jsonl: one panel per quantity, updates along x; "kl/ocr" is the line "ocr" of the panel "kl"."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
     groups = {}
-    for key in dict.fromkeys(k for r in rows for k in r if k not in ("step", "seconds", "memory_gb", "kl_by_sigma")):
+    for key in dict.fromkeys(
+        k for r in rows for k in r if k not in ("step", "seconds", "memory_gb", "kl_by_sigma")
+    ):
         groups.setdefault(key.split("/")[0], []).append(key)
     if not groups:
         return
     columns = min(3, len(groups))
-    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=(4 * columns, 2.8 * -(-len(groups) // columns)), squeeze=False)
-    for axis in axes.flat[len(groups):]:
+    figure, axes = plt.subplots(
+        -(-len(groups) // columns),
+        columns,
+        figsize=(4 * columns, 2.8 * -(-len(groups) // columns)),
+        squeeze=False,
+    )
+    for axis in axes.flat[len(groups) :]:
         axis.axis("off")
     for axis, (title, keys) in zip(axes.flat, groups.items()):
         for key in keys:
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            axis.plot(*zip(*points), label=key.partition("/")[2] or None, marker="o" if len(points) < 20 else None, markersize=3)
+            axis.plot(
+                *zip(*points),
+                label=key.partition("/")[2] or None,
+                marker="o" if len(points) < 20 else None,
+                markersize=3,
+            )
         axis.set_title(title), axis.set_xlabel("update"), axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
@@ -1772,10 +2012,16 @@ def draw_rows(model, rows, prompts, args, rank=0, world=1, stop=None):
     for k in range(0, len(mine), args.eval_batch_size):
         if stop and stop.name:
             break
-        part = mine[k:k + args.eval_batch_size]
+        part = mine[k : k + args.eval_batch_size]
         numbers, adapters, guidance = zip(*(jobs[j] for j in part))
-        pictures[part] = model.generate([prompts[i] for i in numbers], generators(args.seed, 1, numbers), args.eval_num_steps, args.resolution,
-                                        adapters, guidance)
+        pictures[part] = model.generate(
+            [prompts[i] for i in numbers],
+            generators(args.seed, 1, numbers),
+            args.eval_num_steps,
+            args.resolution,
+            adapters,
+            guidance,
+        )
     if stop and stop.arrived(model.device):
         return None
     return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))
@@ -1784,6 +2030,7 @@ def draw_rows(model, rows, prompts, args, rank=0, world=1, stop=None):
 def save_grid(path, rows, captions, cell=96):
     """A picture grid: rows {label: N pictures (3, H, W)}, the same N captions over every column."""
     from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default(11)
     side = max(cell, next(iter(rows.values()))[0].shape[-1])
     left, top, gap, n = 104, 44, 4, len(captions)
@@ -1794,7 +2041,9 @@ def save_grid(path, rows, captions, cell=96):
         for word in words:
             longer = (lines[-1] + " " + word).strip()
             lines = lines[:-1] + [longer] if pen.textlength(longer, font) <= side else lines + [word]
-        pen.multiline_text((left + i * (side + gap), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1)
+        pen.multiline_text(
+            (left + i * (side + gap), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1
+        )
     for r, (label, images) in enumerate(rows.items()):
         pen.text((4, top + r * (side + gap) + side // 2 - 6), label, fill="black", font=font)
         for i, image in enumerate(images):

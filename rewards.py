@@ -72,9 +72,11 @@ class NoAnswer(RewardError):
 
 # -- 1. Pictures, and the rewards that are programs ----------------------------------------------------------
 
+
 def pil(images):
     """(B, 3, H, W) in [0, 1] -> B PIL pictures."""
     from PIL import Image
+
     pixels = images.float().mul(255).round_().byte().movedim(1, -1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
@@ -83,6 +85,7 @@ def read_picture(file):
     """A picture file -> (3, H, W) in [0, 1]: turned as its EXIF data say, transparency over white, 16 bits
     scaled to 8. Raises RewardError where it cannot be read."""
     from PIL import Image, ImageOps
+
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
@@ -138,6 +141,7 @@ def ocr(images, prompts, metadata=None, language=""):
         if found.boxes is None:
             return ""
         return "".join(found.txts[i] for i in reading_order(np.array(found.boxes)))
+
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ThreadPoolExecutor(cores) as pool:
         return torch.tensor(list(map(text_score, pool.map(read, pil(images)), prompts)), dtype=torch.float32)
@@ -148,12 +152,19 @@ def read_text(language=""):
     """The OCR engine: detection and recognition, for upright text, one thread a picture."""
     need("rapidocr", "onnxruntime")
     from rapidocr import LangRec, ModelType, OCRVersion, RapidOCR
-    params = {"Global.use_cls": False, "Global.log_level": "error",
-              "EngineConfig.onnxruntime.intra_op_num_threads": 1}
+
+    params = {
+        "Global.use_cls": False,
+        "Global.log_level": "error",
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+    }
     try:
         if language:
-            params |= {"Rec.lang_type": LangRec(language), "Rec.ocr_version": OCRVersion.PPOCRV5,
-                       "Rec.model_type": ModelType.MOBILE}
+            params |= {
+                "Rec.lang_type": LangRec(language),
+                "Rec.ocr_version": OCRVersion.PPOCRV5,
+                "Rec.model_type": ModelType.MOBILE,
+            }
         engine = RapidOCR(params=params)
         engine.recognize_txt([np.zeros((48, 320, 3), np.uint8)])  # its models are loaded only now
     except Exception as error:  # no such language, or no way to download its model
@@ -186,8 +197,9 @@ def reading_order(boxes):
 
 
 QUOTES = '"([^"]*)"', "“([^”]*)”", "„([^“”]*)[“”]", "«([^»]*)»", "「([^」]*)」"
-PLAIN = str.maketrans(dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"')
-                      | dict.fromkeys("‐‑‒–—―−", "-") | {"⁄": "/"})
+PLAIN = str.maketrans(
+    dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-") | {"⁄": "/"}
+)
 
 
 def quoted_text(prompt):
@@ -215,8 +227,10 @@ def check_ocr(row, language=""):
     target = plain_text(quoted_text(row["prompt"]))
     foreign = [c for c in target if c.isalpha() and c.casefold() not in letters(language)]
     if foreign:
-        raise ValueError(f"ocr cannot read the {foreign[0]!r} of {row['prompt']!r}; with --reward-option "
-                         "ocr.language=cyrillic it may, or arabic, devanagari, korean, ta, te, th")
+        raise ValueError(
+            f"ocr cannot read the {foreign[0]!r} of {row['prompt']!r}; with --reward-option "
+            "ocr.language=cyrillic it may, or arabic, devanagari, korean, ta, te, th"
+        )
 
 
 @functools.cache
@@ -251,6 +265,7 @@ def resized(pictures, size, crop=True):
     """PIL pictures -> (B, 3, size, size), CLIP's pixels, resized bicubically by PIL as the models' authors
     did: the shorter side becomes `size` and the middle is cut out; without `crop`, both sides."""
     from PIL import Image
+
     out = []
     for p in pictures:
         scale = size / min(p.size)
@@ -287,6 +302,7 @@ def load_state(file):
     """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read."""
     if not os.path.exists(file):
         from huggingface_hub import hf_hub_download
+
         try:
             owner, repository, path = file.split("/", 2)
             file = hf_hub_download(f"{owner}/{repository}", path)
@@ -315,6 +331,7 @@ def fill(model, state, file, device):
 @functools.cache
 def load_clip(model, tokenizer, device):
     from transformers import AutoTokenizer, CLIPModel
+
     return load(CLIPModel, model, device), load(AutoTokenizer, tokenizer)
 
 
@@ -340,8 +357,13 @@ def clip_pixels(clip, images):
     return resized(pil(images), clip.config.vision_config.image_size).to(images.device)
 
 
-def pickscore(images, prompts, metadata=None, model="yuvalkirstain/PickScore_v1",
-              tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+def pickscore(
+    images,
+    prompts,
+    metadata=None,
+    model="yuvalkirstain/PickScore_v1",
+    tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+):
     """What people pick (arXiv 2305.01569). exp(logit scale) cos / 26, about 0.7 to 0.9; papers print it times
     26. No licence was seen on its page; its tokenizer is laion's CLIP ViT-H (MIT). Needs 4 GB."""
     clip, tokenizer = load_clip(model, tokenizer, images.device)
@@ -356,8 +378,13 @@ def clipscore(images, prompts, metadata=None, model="openai/clip-vit-large-patch
     return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 30
 
 
-def aesthetic(images, prompts=None, metadata=None, model="openai/clip-vit-large-patch14",
-              head="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"):
+def aesthetic(
+    images,
+    prompts=None,
+    metadata=None,
+    model="openai/clip-vit-large-patch14",
+    head="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+):
     """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0): five linear layers on the
     normalised CLIP ViT-L (MIT) embedding of the picture. About 1 to 10. Needs 1.7 GB."""
     clip, _ = load_clip(model, model, images.device)
@@ -369,15 +396,29 @@ def aesthetic(images, prompts=None, metadata=None, model="openai/clip-vit-large-
 def load_head(file, prefix, width, device):
     """The head of the aesthetic predictor and of ImageReward: (B, width) -> (B, 1)."""
     from torch.nn import Dropout, Linear, Sequential
-    layers = Sequential(Linear(width, 1024), Dropout(), Linear(1024, 128), Dropout(), Linear(128, 64),
-                        Dropout(), Linear(64, 16), Linear(16, 1))
+
+    layers = Sequential(
+        Linear(width, 1024),
+        Dropout(),
+        Linear(1024, 128),
+        Dropout(),
+        Linear(128, 64),
+        Dropout(),
+        Linear(64, 16),
+        Linear(16, 1),
+    )
     prefix += "layers."
     state = {k.removeprefix(prefix): v for k, v in load_state(file).items() if k.startswith(prefix)}
     return fill(layers, state, file, device)
 
 
-def hpsv2(images, prompts, metadata=None, weights="xswu/HPSv2/HPS_v2.1_compressed.pt",
-          base="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+def hpsv2(
+    images,
+    prompts,
+    metadata=None,
+    weights="xswu/HPSv2/HPS_v2.1_compressed.pt",
+    base="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+):
     """Human Preference Score v2.1 (arXiv 2306.09341, Apache-2.0). cos, about 0.2 to 0.35, of a fine-tuned
     CLIP ViT-H, converted from open_clip's layout to transformers' class; sizes and tokenizer are `base`'s
     (MIT). Pixels as its authors' with torchvision 0.17 or later, which antialiases. Needs 4 GB."""
@@ -388,16 +429,27 @@ def hpsv2(images, prompts, metadata=None, weights="xswu/HPSv2/HPS_v2.1_compresse
 @functools.cache
 def load_hpsv2(weights, base, device):
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
     clip = fill(CLIPModel(load(CLIPConfig, base)), from_open_clip(load_state(weights)), weights, device)
     return clip, load(AutoTokenizer, base)
 
 
-OPEN_CLIP_LAYER = (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("attn.", "self_attn."), ("c_fc", "fc1"),
-                   ("c_proj", "fc2"))
-OPEN_CLIP = (("conv1.", "embeddings.patch_embedding."), ("class_embedding", "embeddings.class_embedding"),
-             ("positional_embedding", "embeddings.position_embedding.weight"),
-             ("token_embedding.", "embeddings.token_embedding."), ("ln_pre.", "pre_layrnorm."),
-             ("ln_post.", "post_layernorm."), ("ln_final.", "final_layer_norm."))
+OPEN_CLIP_LAYER = (
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("attn.", "self_attn."),
+    ("c_fc", "fc1"),
+    ("c_proj", "fc2"),
+)
+OPEN_CLIP = (
+    ("conv1.", "embeddings.patch_embedding."),
+    ("class_embedding", "embeddings.class_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("token_embedding.", "embeddings.token_embedding."),
+    ("ln_pre.", "pre_layrnorm."),
+    ("ln_post.", "post_layernorm."),
+    ("ln_final.", "final_layer_norm."),
+)
 
 
 def from_open_clip(state):
@@ -428,8 +480,13 @@ def from_open_clip(state):
     return out
 
 
-def imagereward(images, prompts, metadata=None, weights="THUDM/ImageReward/ImageReward.pt",
-                tokenizer="google-bert/bert-base-uncased"):
+def imagereward(
+    images,
+    prompts,
+    metadata=None,
+    weights="THUDM/ImageReward/ImageReward.pt",
+    tokenizer="google-bert/bert-base-uncased",
+):
     """ImageReward (arXiv 2304.05977, Apache-2.0). (five linear layers on BLIP's joint embedding - 0.1672) /
     1.0333, unbounded, about -2 to 2. A BLIP ViT-L converted to transformers' classes; BERT's tokenizer
     (Apache-2.0). Needs 1.8 GB."""
@@ -437,16 +494,27 @@ def imagereward(images, prompts, metadata=None, weights="THUDM/ImageReward/Image
     pixels = resized(pil(images), vision.config.image_size).to(images.device)
     seen = vision(pixel_values=pixels).last_hidden_state
     read = tokens(tokenizer, prompts, images.device, 35, padding="max_length")
-    joint = text(**read, encoder_hidden_states=seen, encoder_attention_mask=torch.ones_like(seen[..., 0]),
-                 is_decoder=False).last_hidden_state[:, 0]
+    joint = text(
+        **read,
+        encoder_hidden_states=seen,
+        encoder_attention_mask=torch.ones_like(seen[..., 0]),
+        is_decoder=False,
+    ).last_hidden_state[:, 0]
     return (head(joint)[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-TIMM_STARTS = (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
-               ("patch_embed.proj.", "embeddings.patch_embedding."), ("norm.", "post_layernorm."),
-               ("blocks.", "encoder.layers."))
-TIMM_PARTS = ((".norm", ".layer_norm"), (".attn.qkv.", ".self_attn.qkv."),
-              (".attn.proj.", ".self_attn.projection."))
+TIMM_STARTS = (
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj.", "embeddings.patch_embedding."),
+    ("norm.", "post_layernorm."),
+    ("blocks.", "encoder.layers."),
+)
+TIMM_PARTS = (
+    (".norm", ".layer_norm"),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+)
 
 
 @functools.cache
@@ -455,6 +523,7 @@ def load_imagereward(weights, tokenizer, device):
     tensors, 64 to a head."""
     from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
+
     tower, text = {}, {}
     for key, value in load_state(weights).items():
         side, _, name = key.removeprefix("blip.").partition(".")
@@ -471,24 +540,43 @@ def load_imagereward(weights, tokenizer, device):
 
     def layers(state, prefix):
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
     try:
         width, _, _, patch = tower["embeddings.patch_embedding.weight"].shape
         places = tower["embeddings.position_embedding"].shape[1]
         words, depth = text["embeddings.word_embeddings.weight"].shape
-        vision = BlipVisionModel(BlipVisionConfig(
-            hidden_size=width, intermediate_size=len(tower["encoder.layers.0.mlp.fc1.weight"]),
-            num_attention_heads=max(1, width // 64), num_hidden_layers=layers(tower, "encoder.layers."),
-            image_size=patch * math.isqrt(places - 1), patch_size=patch,
-            layer_norm_eps=1e-6, hidden_act="gelu"))
-        bert = BlipTextModel(BlipTextConfig(
-            hidden_size=depth, intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
-            num_attention_heads=max(1, depth // 64), num_hidden_layers=layers(text, "encoder.layer."),
-            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]), vocab_size=words,
-            encoder_hidden_size=width), add_pooling_layer=False)
+        vision = BlipVisionModel(
+            BlipVisionConfig(
+                hidden_size=width,
+                intermediate_size=len(tower["encoder.layers.0.mlp.fc1.weight"]),
+                num_attention_heads=max(1, width // 64),
+                num_hidden_layers=layers(tower, "encoder.layers."),
+                image_size=patch * math.isqrt(places - 1),
+                patch_size=patch,
+                layer_norm_eps=1e-6,
+                hidden_act="gelu",
+            )
+        )
+        bert = BlipTextModel(
+            BlipTextConfig(
+                hidden_size=depth,
+                intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
+                num_attention_heads=max(1, depth // 64),
+                num_hidden_layers=layers(text, "encoder.layer."),
+                max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+                vocab_size=words,
+                encoder_hidden_size=width,
+            ),
+            add_pooling_layer=False,
+        )
     except (KeyError, ValueError) as error:
         raise Unavailable(f"{weights} does not fit: {error}")
-    return (fill(vision, tower, weights, device), fill(bert, text, weights, device),
-            load_head(weights, "mlp.", depth, device), load(AutoTokenizer, tokenizer))
+    return (
+        fill(vision, tower, weights, device),
+        fill(bert, text, weights, device),
+        load_head(weights, "mlp.", depth, device),
+        load(AutoTokenizer, tokenizer),
+    )
 
 
 def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-large", size=480, length=35):
@@ -519,6 +607,7 @@ def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-l
 @functools.cache
 def load_blip(model, device):
     from transformers import AutoTokenizer, BlipForQuestionAnswering
+
     return load(BlipForQuestionAnswering, model, device), load(AutoTokenizer, model)
 
 
@@ -538,6 +627,7 @@ def noun_phrases(row, **_):
 def load_spacy():
     need("spacy")
     import spacy
+
     try:
         return spacy.load("en_core_web_sm")
     except OSError:
@@ -547,23 +637,97 @@ def load_spacy():
 # -- 3. GenEval (arXiv 2310.11513): a detector finds the objects, CLIP their colours, and rules judge --------
 
 # COCO's classes in COCO's order, with GenEval's names
-OBJECTS = ("person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
-           "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, "
-           "zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports "
-           "ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine "
-           "glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot "
-           "dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-           "computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, "
-           "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush").split(", ")
-COLORS = "red orange yellow green blue purple pink brown black white".split()
+OBJECTS = [
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "computer mouse",
+    "tv remote",
+    "computer keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+]
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 RELATIONS = "left of", "right of", "above", "below"
 DETECTOR, COLOR_CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 
 
 class Object(typing.NamedTuple):
     score: float
-    box: tuple         # x1, y1, x2, y2 in pixels
-    mask: object       # (H, W) bool
+    box: tuple  # x1, y1, x2, y2 in pixels
+    mask: object  # (H, W) bool
 
 
 def geneval(images, prompts, metadata, detector=DETECTOR, clip=COLOR_CLIP):
@@ -607,18 +771,31 @@ def check_geneval(row, **_):
     include, exclude = row.get("include"), row.get("exclude", [])
     lists = isinstance(include, list) and isinstance(exclude, list) and include
     if not lists or not isinstance(row.get("tag"), str):
-        raise ValueError('a geneval prompt needs the "tag" and "include" of GenEval\'s metadata files: '
-                         f'{row.get("prompt")!r}')
+        raise ValueError(
+            'a geneval prompt needs the "tag" and "include" of GenEval\'s metadata files: '
+            f"{row.get('prompt')!r}"
+        )
 
     def whole(number):
         return isinstance(number, int) and not isinstance(number, bool)
+
     for i, r in enumerate(include + exclude):
-        fits = (isinstance(r, dict) and r.get("class") in OBJECTS and r.get("color", "red") in COLORS
-                and whole(r.get("count")) and r["count"] > 0)
+        fits = (
+            isinstance(r, dict)
+            and r.get("class") in OBJECTS
+            and r.get("color", "red") in COLORS
+            and whole(r.get("count"))
+            and r["count"] > 0
+        )
         place = r.get("position") if fits else None
         if place is not None:
-            fits = (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and whole(place[1])
-                    and 0 <= place[1] < i)
+            fits = (
+                isinstance(place, list)
+                and len(place) == 2
+                and place[0] in RELATIONS
+                and whole(place[1])
+                and 0 <= place[1] < i
+            )
         if not fits:
             raise ValueError(f"not something geneval can look for (class, count, color, position): {r}")
 
@@ -639,14 +816,14 @@ def detect(images, detector=DETECTOR):
         x = normalize(resize(image[None], (h, w)), IMAGENET_MEAN, IMAGENET_STD)
         x = F.pad(x, (0, -w % 32, 0, -h % 32))
         out = network(pixel_values=x)
-        classes = out.class_queries_logits[0].softmax(-1)[:, :-1]             # the last class is "nothing"
+        classes = out.class_queries_logits[0].softmax(-1)[:, :-1]  # the last class is "nothing"
         scores, best = classes.flatten().topk(min(100, classes.numel()))
-        best, scores = best[scores > 0.3], scores[scores > 0.3]               # masks can only lower a score
+        best, scores = best[scores > 0.3], scores[scores > 0.3]  # masks can only lower a score
         objects = {}
         if len(best):
             masks = resize(out.masks_queries_logits[:, best // len(OBJECTS)], x.shape[-2:])[..., :h, :w]
             logits = resize(masks, (height, width))[0]
-            masks = logits > 0                                                # (N, H, W)
+            masks = logits > 0  # (N, H, W)
             scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
             for i in scores.argsort(descending=True).tolist():
                 if scores[i] > 0.3:
@@ -661,6 +838,7 @@ def detect(images, detector=DETECTOR):
 @functools.cache
 def load_detector(detector, device):
     from transformers import Mask2FormerForUniversalSegmentation
+
     need("scipy")  # transformers' class refuses to be made without it
     network = load(Mask2FormerForUniversalSegmentation, detector, device)
     if network.config.num_labels != len(OBJECTS):
@@ -685,6 +863,7 @@ def object_colors(picture, objects, name, clip, device):
     """The colour of each object, by zero-shot CLIP on the picture's crop with everything but the object
     grey."""
     from PIL import Image
+
     grey = Image.new("RGB", picture.size, "#999")
     crops = [Image.composite(picture, grey, Image.fromarray(o.mask)).crop(o.box) for o in objects]
     model, _ = load_clip(clip, clip, device)
@@ -697,8 +876,11 @@ def object_colors(picture, objects, name, clip, device):
 def color_words(clip, name, device):
     """CLIP's embeddings of the ten colours of a thing, each the mean of three phrases. -> (10, D)"""
     model, tokenizer = load_clip(clip, clip, device)
-    texts = [f"a photo of a {words}" for color in COLORS
-             for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")]
+    texts = [
+        f"a photo of a {words}"
+        for color in COLORS
+        for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")
+    ]
     texts = tokens(tokenizer, texts, device, model.config.text_config.max_position_embeddings)
     words = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)
     return F.normalize(words.view(len(COLORS), 3, -1).mean(1), dim=-1)
@@ -736,7 +918,7 @@ def geneval_correct(found, colors, row):
     says so. found: {class: [Object]}, colors: (objects, class) -> [color]."""
     reasons, groups = [], []
     for r in row["include"]:
-        group, reason = found.get(r["class"], [])[:r["count"]], None
+        group, reason = found.get(r["class"], [])[: r["count"]], None
         if len(group) < r["count"]:
             reason = f"{len(group)} of {r['count']}"
         elif "color" in r:
@@ -777,26 +959,38 @@ def geneval_credit(found, colors, row):
 # --reward NAME=openai+http://HOST:PORT/v1; the environment's REWARD_API_KEY is sent along, if there is one
 
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
-BOTH = ("The picture was made for this caption: {prompt}\nJudge two things: whether it shows everything the "
-        "caption says, with the right attributes and relations, and how good it is as a picture: clear, "
-        "detailed, free of artefacts, pleasant to look at. Give one score from 1 (worst) to 5 (best).")
+BOTH = (
+    "The picture was made for this caption: {prompt}\nJudge two things: whether it shows everything the "
+    "caption says, with the right attributes and relations, and how good it is as a picture: clear, "
+    "detailed, free of artefacts, pleasant to look at. Give one score from 1 (worst) to 5 (best)."
+)
 SCORE = r"""["'*_\s]*[>:=]["'*_\s]*(\d)"""  # what stands between the word `score` and its number
 NUMBER = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*(\d+))?(?!\d|[.,]\d|\s*[-–]\s*\d)")
 AGAIN = "\nAnswer briefly, and in exactly the form that is asked for."
 SAID = {}  # {endpoint: why its last answer without a score was none}
 
 
-def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, retries=3,
-         prompt="How good is the quality of this picture? Answer with one word: excellent, good, fair, poor "
-                "or bad."):
+def deqa(
+    images,
+    prompts=None,
+    metadata=None,
+    url="",
+    model="",
+    timeout=120.0,
+    retries=3,
+    prompt="How good is the quality of this picture? Answer with one word: excellent, good, fair, poor "
+    "or bad.",
+):
     """Picture quality (DeQA-Score, arXiv 2501.11561, MIT). sum_l p_l l / 5 over the probabilities of five
     words in the first answered token, l from 5 (excellent) to 1 (bad); in [0.2, 1]; papers print it times 5.
     Needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT, since neither vLLM nor SGLang serves DeQA-Score's
     model, an mPLUG-Owl2; or an endpoint with log-probabilities and another deqa.model, which must give these
     words half of the probability."""
     if not url or not model:
-        raise Unavailable("needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
-                          "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1")
+        raise Unavailable(
+            "needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
+            "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1"
+        )
 
     def read(answer):
         try:
@@ -807,17 +1001,29 @@ def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, r
         mass = {level: sum(p for word, p in likely if word and level.startswith(word)) for level in LEVELS}
         total = sum(mass.values())
         if total < 0.5:
-            raise NoAnswer(f"{', '.join(LEVELS)} together have {total:.0%} of the probability; the likeliest "
-                           f"tokens are {listing([repr(word) for word, _ in likely])}")
+            raise NoAnswer(
+                f"{', '.join(LEVELS)} together have {total:.0%} of the probability; the likeliest "
+                f"tokens are {listing([repr(word) for word, _ in likely])}"
+            )
         return sum(p * LEVELS[level] for level, p in mass.items()) / total / 5
+
     limits = dict(max_tokens=1, logprobs=True, top_logprobs=20)
     return ask_all(read, images, [prompt] * len(images), url, model, timeout, retries, **limits)
 
 
-def qwenvl(images, prompts, metadata=None, url="", model="Qwen/Qwen3-VL-30B-A3B-Instruct",
-           prompt=BOTH + " Be strict. Think it over, then end with <Score>N</Score>.",
-           pattern=r"(?i)score\s*(?:\([^)]*\))?" + SCORE, max_tokens=1024, max_completion_tokens=0,
-           timeout=120.0, retries=3):
+def qwenvl(
+    images,
+    prompts,
+    metadata=None,
+    url="",
+    model="Qwen/Qwen3-VL-30B-A3B-Instruct",
+    prompt=BOTH + " Be strict. Think it over, then end with <Score>N</Score>.",
+    pattern=r"(?i)score\s*(?:\([^)]*\))?" + SCORE,
+    max_tokens=1024,
+    max_completion_tokens=0,
+    timeout=120.0,
+    retries=3,
+):
     """A vision-language model as the judge of caption and quality; the model's own licence (Qwen3-VL:
     Apache-2.0). The number where the group of `pattern` begins, the last one, / 5, or as it says (7/10); in
     [0, 1]. Needs an endpoint; max_completion_tokens is for those that do not know max_tokens."""
@@ -829,14 +1035,35 @@ def qwenvl(images, prompts, metadata=None, url="", model="Qwen/Qwen3-VL-30B-A3B-
     return ask_all(read, images, texts, url, model, timeout, retries, **limit)
 
 
-def unifiedreward(images, prompts, metadata=None, url="", model="CodeGoat24/UnifiedReward-qwen-7b",
-                  prompt=BOTH + " Write it after 'Final Score:'.", pattern=r"(?i)final score" + SCORE,
-                  max_tokens=1024, max_completion_tokens=0, timeout=120.0, retries=3):
+def unifiedreward(
+    images,
+    prompts,
+    metadata=None,
+    url="",
+    model="CodeGoat24/UnifiedReward-qwen-7b",
+    prompt=BOTH + " Write it after 'Final Score:'.",
+    pattern=r"(?i)final score" + SCORE,
+    max_tokens=1024,
+    max_completion_tokens=0,
+    timeout=120.0,
+    retries=3,
+):
     """UnifiedReward (arXiv 2503.05236, MIT): caption and quality; in [0, 1], read as `qwenvl`. Needs an
     endpoint. The wording the model was trained on stands on its page: unifiedreward.prompt=@FILE, {prompt}
     for the caption."""
-    return qwenvl(images, prompts, metadata, url, model, prompt, pattern, max_tokens, max_completion_tokens,
-                  timeout, retries)
+    return qwenvl(
+        images,
+        prompts,
+        metadata,
+        url,
+        model,
+        prompt,
+        pattern,
+        max_tokens,
+        max_completion_tokens,
+        timeout,
+        retries,
+    )
 
 
 def read_score(answer, pattern):
@@ -874,6 +1101,7 @@ def ask_all(read, images, texts, url, model, timeout, retries, **options):
                 SAID[url] = str(error)
         tqdm.write(f"{url}: asked three times, no score: {SAID[url]}", file=sys.stderr)
         return math.nan
+
     with ThreadPoolExecutor(16) as pool:
         return torch.tensor(list(pool.map(one, pil(images), texts)), dtype=torch.float32)
 
@@ -894,6 +1122,7 @@ def chat(url, model, text, picture, timeout, retries, **options):
 
 # -- 5. Reward servers ---------------------------------------------------------------------------------------
 
+
 def served(images, prompts, metadata, url, name, timeout=120.0, retries=3):
     """A server of your own, --reward NAME=http://HOST:PORT/PATH. It gets {"reward": NAME, "images": [PNG in
     base64, ...], "prompts": [...], "metadata": [...]} as JSON by POST, and answers {"scores": [one number a
@@ -909,8 +1138,12 @@ def served_pickle(images, prompts, metadata, url, name, timeout=120.0, retries=3
     `geneval` takes its "scores", `geneval_strict` its "rewards" (the official verdicts), any other name
     "outputs"."""
     pictures = [encoded(p, "JPEG") for p in pil(images)]
-    question = {"images": pictures, "prompts": list(prompts), "meta_datas": list(metadata),
-                "only_strict": False}
+    question = {
+        "images": pictures,
+        "prompts": list(prompts),
+        "meta_datas": list(metadata),
+        "only_strict": False,
+    }
     reply = post(url, pickle.dumps(question), {"Content-Type": "application/octet-stream"}, timeout, retries)
     try:
         answer = PlainUnpickler(io.BytesIO(reply)).load()
@@ -932,15 +1165,18 @@ class PlainUnpickler(pickle.Unpickler):
 def numbers(answer, key, count, url):
     """A server's scores, one finite number a picture. -> (B,)"""
     values = answer.get(key) if isinstance(answer, dict) else None
-    if (not isinstance(values, (list, tuple)) or len(values) != count
-            or not all(isinstance(v, (int, float)) and abs(v) < 1e30 for v in values)):
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != count
+        or not all(isinstance(v, (int, float)) and abs(v) < 1e30 for v in values)
+    ):
         raise RewardError(f"{url}: answered {str(values)[:200]}, not {count} finite numbers")
     return torch.tensor(values, dtype=torch.float32)
 
 
 # -- 6. HTTP -------------------------------------------------------------------------------------------------
 
-LARGEST = 2 ** 26  # bytes of an answer
+LARGEST = 2**26  # bytes of an answer
 
 
 def post_json(url, data, timeout, retries, headers={}):
@@ -961,6 +1197,7 @@ def post(url, body, headers, timeout, retries):
     no proxy."""
     need("httpx2")
     import httpx2
+
     host = urllib.parse.urlsplit(url).hostname or ""
     here = host in ("localhost", "::1") or host.startswith("127.")
 
@@ -972,14 +1209,14 @@ def post(url, body, headers, timeout, retries):
                     async for part in response.aiter_bytes():
                         reply += part
                         if len(reply) > LARGEST:
-                            raise RewardError(f"{url}: an answer of more than {LARGEST / 2 ** 20:g} MB")
+                            raise RewardError(f"{url}: an answer of more than {LARGEST / 2**20:g} MB")
                 except httpx2.HTTPError:
                     if response.is_success:  # the page of an error may be cut
                         raise
         return response, reply
 
     for k in range(retries + 1):
-        pause = 2 ** k
+        pause = 2**k
         try:
             response, reply = asyncio.run(asyncio.wait_for(attempt(), timeout))
         except TimeoutError:
@@ -1002,6 +1239,7 @@ def post(url, body, headers, timeout, retries):
 def certificates():
     """Whom HTTPS trusts; to read it takes longer than many an answer."""
     import httpx2
+
     return httpx2.create_ssl_context()
 
 
@@ -1030,6 +1268,7 @@ def retry_after(header, otherwise):
 
 # -- 7. What the flags --reward and --reward-option mean -----------------------------------------------------
 
+
 def rewards_in(file):
     """{name: docstring} of the rewards in a Python file, found without running it: functions of (images,
     prompts, metadata), with a default for everything after these."""
@@ -1044,8 +1283,12 @@ def rewards_in(file):
     return found
 
 
-CHECKS = {"ocr": check_ocr, "geneval": check_geneval, "geneval_strict": check_geneval,
-          "blipvqa": noun_phrases}
+CHECKS = {
+    "ocr": check_ocr,
+    "geneval": check_geneval,
+    "geneval_strict": check_geneval,
+    "blipvqa": noun_phrases,
+}
 JUDGES = "deqa", "qwenvl", "unifiedreward"
 PACKAGES = {"ocr": "rapidocr", "blipvqa": "en_core_web_sm"}  # that bring weights
 
@@ -1053,8 +1296,8 @@ PACKAGES = {"ocr": "rapidocr", "blipvqa": "en_core_web_sm"}  # that bring weight
 class Reward(typing.NamedTuple):
     function: typing.Callable
     weight: float = 1.0
-    task: str = None        # the only task it scores, if it was tied to one
-    identity: str = ""      # what its scores depend on
+    task: str = None  # the only task it scores, if it was tied to one
+    identity: str = ""  # what its scores depend on
 
 
 def module_file(module):
@@ -1085,11 +1328,16 @@ def parse_rewards(specs, options=()):
             die(f"--reward-option {option}: expected NAME.KEY=VALUE")
         chosen.setdefault(m[1], {})[m[2]] = m[3]
     for spec in specs or ():
-        m = re.fullmatch(r"([\w.-]+)(?:@([\w-]+))?(?:=(\d+\.?\d*|\.\d+))?"
-                         r"(?:[=,](pickle\+|openai\+|)(https?://[^\s/]\S*))?", spec)
+        m = re.fullmatch(
+            r"([\w.-]+)(?:@([\w-]+))?(?:=(\d+\.?\d*|\.\d+))?"
+            r"(?:[=,](pickle\+|openai\+|)(https?://[^\s/]\S*))?",
+            spec,
+        )
         if not m or m[3] and not float(m[3]):
-            die(f"--reward {spec}: expected NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or "
-                "NAME=WEIGHT,URL")
+            die(
+                f"--reward {spec}: expected NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or "
+                "NAME=WEIGHT,URL"
+            )
         full, task, weight, kind, url = m.groups()
         name, fixed = full.rpartition(".")[2], {}
         if name in rewards:
@@ -1116,8 +1364,11 @@ def parse_rewards(specs, options=()):
 
 def settings_of(function):
     """{option: default} of a reward."""
-    return {k: p.default for k, p in inspect.signature(function).parameters.items()
-            if p.default is not p.empty and k not in ("prompts", "metadata", "url", "name")}
+    return {
+        k: p.default
+        for k, p in inspect.signature(function).parameters.items()
+        if p.default is not p.empty and k not in ("prompts", "metadata", "url", "name")
+    }
 
 
 def read_options(name, function, texts):
@@ -1251,6 +1502,7 @@ class Scorer:
     def submit(self, images, batch):
         """images: (B, 3, H, W), batch: B pairs (task, row). Waits where the rewards lag four batches behind,
         so that pictures do not pile up."""
+
         def job(name, future):
             with self.locks[name]:
                 try:
@@ -1261,6 +1513,7 @@ class Scorer:
                 except BaseException as error:
                     self.error = error  # what waits for its turn need not be tried
                     future.set_exception(error)
+
         self.batch += batch
         self.futures.append({name: Future() for name in self.rewards})
         for name, future in self.futures[-1].items():
@@ -1317,8 +1570,20 @@ def weighted_sum(scores, rewards, batch, tasks):
 
 # -- 9. A model's scores on held-out prompts -----------------------------------------------------------------
 
-def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=None, tasks=None,
-             progress=None, stop=None):
+
+def evaluate(
+    model,
+    adapter,
+    prompts,
+    rewards,
+    args,
+    rank=0,
+    world=1,
+    guidance=None,
+    tasks=None,
+    progress=None,
+    stop=None,
+):
     """Mean score and standard error of each reward over the prompts it applies to, one picture a prompt,
     deterministic sampling. Prompt i of a task always starts from the same noise, so the result depends on
     neither the batch size nor the number of ranks. args: eval_num_steps, resolution, eval_batch_size, seed,
@@ -1333,10 +1598,16 @@ def evaluate(model, adapter, prompts, rewards, args, rank=0, world=1, guidance=N
         for start in range(0, len(mine), args.eval_batch_size):
             if stop and stop.name:
                 break
-            indices = mine[start:start + args.eval_batch_size]
+            indices = mine[start : start + args.eval_batch_size]
             batch = [items[i] for i in indices]
-            pictures = model.generate([row["prompt"] for _, row in batch], generators(args.seed, 0, indices),
-                                      args.eval_num_steps, args.resolution, adapter, guidance)
+            pictures = model.generate(
+                [row["prompt"] for _, row in batch],
+                generators(args.seed, 0, indices),
+                args.eval_num_steps,
+                args.resolution,
+                adapter,
+                guidance,
+            )
             scorer.submit(pictures, batch)
             if progress:
                 progress(len(batch))
@@ -1379,6 +1650,7 @@ def markdown(rows):
         if name in row.get("missing", ()):
             parts.append(f"{row['missing'][name]} missing")
         return ", ".join(parts)
+
     lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {r['model']} | " + " | ".join(cell(r, name) for name in names) + " |" for r in rows]
     return "\n".join(lines)

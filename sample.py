@@ -14,17 +14,32 @@ import json
 import os
 import re
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
-from flow_sde import (StopSignal, die, end_processes, fingerprint, generators, load_model, load_prompts,
-                      own_folder, parse_args, parse_specs, save_grid, start_processes, write, write_json)
+from flow_sde import (
+    StopSignal,
+    die,
+    end_processes,
+    fingerprint,
+    generators,
+    load_model,
+    load_prompts,
+    own_folder,
+    parse_args,
+    parse_specs,
+    save_grid,
+    start_processes,
+    write,
+    write_json,
+)
 from rewards import encoded, pil, read_picture
 
 TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32)
-EXAMPLES = ["two red circles and one blue square", 'a yellow sign saying "HAT"',
-            "a red house and two pines on snow at night"]  # of the toy
+EXAMPLES = [
+    "two red circles and one blue square",
+    'a yellow sign saying "HAT"',
+    "a red house and two pines on snow at night",
+]  # of the toy
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
@@ -35,7 +50,11 @@ add("--prompts", nargs="+", metavar="[TASK=]FILE", help="more prompts; of TASK=F
 add("--num-images", type=int, default=4, help="pictures per prompt")
 add("--out", default="out/samples", help="folder for the PNGs, grid.png and samples.json")
 add("--overwrite", action="store_true", help="replace other pictures in --out")
-add("--merge", metavar="DIR", help="also write a stand-alone diffusers pipeline with the LoRA merged into its weights")
+add(
+    "--merge",
+    metavar="DIR",
+    help="also write a stand-alone diffusers pipeline with the LoRA merged into its weights",
+)
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=40, help="sampling steps (paper: 40)")
@@ -44,11 +63,19 @@ add("--sde", choices=["flow", "cps"], default="flow", help="the sampler, if --no
 add("--noise-level", type=float, default=0.0, help="0: deterministic")
 add("--batch-size", type=int, default=4, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks (the VAE runs in float32)")
-add("--no-t5", action="store_true",
-    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
-add("--max-sequence-length", type=int,
-    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add(
+    "--no-t5",
+    action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)",
+)
+add(
+    "--max-sequence-length",
+    type=int,
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)",
+)
+add(
+    "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
+)
 add("--seed", type=int, default=0, help="of the noise")
 args = parse_args(parser, TOY)
 
@@ -76,8 +103,18 @@ own_folder(args.out, accelerator)
 jobs = [(text, k) for text in texts for k in range(args.num_images)]
 files = [os.path.join(args.out, f"{i:05d}.png") for i in range(len(jobs))]
 settings = {"model": fingerprint(args.model), "LoRA": args.lora and fingerprint(args.lora), "prompts": texts}
-for name in ("num_images", "resolution", "num_steps", "guidance", "sde", "noise_level", "dtype", "no_t5",
-             "max_sequence_length", "seed"):
+for name in (
+    "num_images",
+    "resolution",
+    "num_steps",
+    "guidance",
+    "sde",
+    "noise_level",
+    "dtype",
+    "no_t5",
+    "max_sequence_length",
+    "seed",
+):
     settings[name] = getattr(args, name)
 about, before, others = os.path.join(args.out, "samples.json"), {}, []
 if os.path.exists(about):
@@ -86,8 +123,10 @@ if before != settings:
     others = [file for file in os.listdir(args.out) if re.fullmatch(r"\d{5,}\.png", file)]
 if others and not args.overwrite:
     changed = ", ".join(name for name in settings if before.get(name) != settings[name])
-    die(f"--out {args.out}: other pictures are there (not the same {changed}); --overwrite replaces them, or "
-        "give another --out")
+    die(
+        f"--out {args.out}: other pictures are there (not the same {changed}); --overwrite replaces them, or "
+        "give another --out"
+    )
 batches = []  # this process's, of those that are not whole
 for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
     batch = range(start, min(start + args.batch_size, len(jobs)))
@@ -105,17 +144,25 @@ accelerator.wait_for_everyone()  # all have read what is there, and nothing was 
 if rank == 0:
     for file in others:
         os.remove(os.path.join(args.out, file))
-    pictures = [{"file": os.path.basename(file), "prompt": text, "index": k}
-                for file, (text, k) in zip(files, jobs)]
+    pictures = [
+        {"file": os.path.basename(file), "prompt": text, "index": k} for file, (text, k) in zip(files, jobs)
+    ]
     write_json(about, {"args": vars(args), "settings": settings, "pictures": pictures})
 accelerator.wait_for_everyone()
 stop = StopSignal()
 for batch in tqdm(batches, unit="batch", disable=rank != 0):
     if stop.name:
         break
-    drawn = model.generate([jobs[i][0] for i in batch], generators(args.seed, 0, batch), args.num_steps,
-                           args.resolution, "lora" if args.lora else "base", args.guidance, args.noise_level,
-                           args.sde)
+    drawn = model.generate(
+        [jobs[i][0] for i in batch],
+        generators(args.seed, 0, batch),
+        args.num_steps,
+        args.resolution,
+        "lora" if args.lora else "base",
+        args.guidance,
+        args.noise_level,
+        args.sde,
+    )
     for i, picture in zip(batch, pil(drawn)):
         write(files[i], encoded(picture))
 if stop.arrived(accelerator.device):

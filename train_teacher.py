@@ -21,64 +21,185 @@ import time
 import torch
 from tqdm import tqdm
 
-from flow_sde import (StopSignal, centred_log_ratio, clipped_surrogate, die, draw_rows, end_processes,
-                      generators, kl, learnt, load_model, load_prompts, log_prob, own_folder, parse_args,
-                      parse_specs, pick_prompts, plot_curves, randn, reduce_gradients, reduce_sum,
-                      refuse_given, resume_checkpoint, rollout, run_identity, save_checkpoint, save_grid,
-                      save_lora, say, start_processes, start_run, take_rows, to_device, transition,
-                      update_average, what_fits, write_json)
-from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards, rewards_of, weighted_sum
+from flow_sde import (
+    StopSignal,
+    centred_log_ratio,
+    clipped_surrogate,
+    die,
+    draw_rows,
+    end_processes,
+    generators,
+    kl,
+    learnt,
+    load_model,
+    load_prompts,
+    log_prob,
+    own_folder,
+    parse_args,
+    parse_specs,
+    pick_prompts,
+    plot_curves,
+    randn,
+    reduce_gradients,
+    reduce_sum,
+    refuse_given,
+    resume_checkpoint,
+    rollout,
+    run_identity,
+    save_checkpoint,
+    save_grid,
+    save_lora,
+    say,
+    start_processes,
+    start_run,
+    take_rows,
+    to_device,
+    transition,
+    update_average,
+    what_fits,
+    write_json,
+)
+from rewards import (
+    RewardError,
+    Scorer,
+    check_rewards,
+    evaluate,
+    markdown,
+    parse_rewards,
+    rewards_of,
+    weighted_sum,
+)
 
-TOY = dict(model="toy/base", reward=["toy.compose"], prompts=["compose=toy/prompts/compose_train.txt"],
-           eval_prompts=["compose=toy/prompts/compose_val.txt"], out="out/teacher", resolution=32, dtype="float32", guidance=1.0, eval_num_steps=10,
-           batch_size=16, group_size=16, micro_batch_size=128, eval_batch_size=128, steps=120, lr=2e-3, rank=16, alpha=32,
-           ema=0.7, same_noise=True, ratio_norm=True, sde_window=4, clip_range=5e-4, beta=0.04, eval_every=10, save_every=10)
+TOY = dict(
+    model="toy/base",
+    reward=["toy.compose"],
+    prompts=["compose=toy/prompts/compose_train.txt"],
+    eval_prompts=["compose=toy/prompts/compose_val.txt"],
+    out="out/teacher",
+    resolution=32,
+    dtype="float32",
+    guidance=1.0,
+    eval_num_steps=10,
+    batch_size=16,
+    group_size=16,
+    micro_batch_size=128,
+    eval_batch_size=128,
+    steps=120,
+    lr=2e-3,
+    rank=16,
+    alpha=32,
+    ema=0.7,
+    same_noise=True,
+    ratio_norm=True,
+    sde_window=4,
+    clip_range=5e-4,
+    beta=0.04,
+    eval_every=10,
+    save_every=10,
+)
 
 # -- flags ---------------------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it")
-add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one reward; several: a mix, and the GRPO-Mix baseline (python rewards.py: the list)")
+add(
+    "--model",
+    help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it",
+)
+add(
+    "--reward",
+    nargs="+",
+    metavar="NAME=WEIGHT",
+    help="one reward; several: a mix, and the GRPO-Mix baseline (python rewards.py: the list)",
+)
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
-add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]",
-    help="training prompts (.txt, .jsonl, .json, .csv, .tsv)")
-add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="validation prompts: the LoRA that scores best on them is kept")
+add(
+    "--prompts",
+    nargs="+",
+    metavar="TASK=FILE[,weight=W]",
+    help="training prompts (.txt, .jsonl, .json, .csv, .tsv)",
+)
+add(
+    "--eval-prompts",
+    nargs="+",
+    metavar="TASK=FILE",
+    help="validation prompts: the LoRA that scores best on them is kept",
+)
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
-add("--sde", choices=["flow", "cps"], default="flow",
-    help="the stochastic sampler; cps: Flow-GRPO's log-probability leaves 1/(2 std^2) out, ours does not, so its clip ranges are others")
+add(
+    "--sde",
+    choices=["flow", "cps"],
+    default="flow",
+    help="the stochastic sampler; cps: Flow-GRPO's log-probability leaves 1/(2 std^2) out, ours does not, so its clip ranges are others",
+)
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
-add("--sde-window", type=int, default=0, help="steps with noise and training, at random in the first half (Flow-GRPO-Fast: 2); 0: all")
-add("--same-noise", action=argparse.BooleanOptionalAction,
-    help="a group's pictures start from the same noise, so they differ only by what is trained")
+add(
+    "--sde-window",
+    type=int,
+    default=0,
+    help="steps with noise and training, at random in the first half (Flow-GRPO-Fast: 2); 0: all",
+)
+add(
+    "--same-noise",
+    action=argparse.BooleanOptionalAction,
+    help="a group's pictures start from the same noise, so they differ only by what is trained",
+)
 add = parser.add_argument_group("learning").add_argument
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
 add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
-add("--updates-per-rollout", type=int, default=2, help="optimizer updates, each on its share of the samples (paper: 2)")
+add(
+    "--updates-per-rollout",
+    type=int,
+    default=2,
+    help="optimizer updates, each on its share of the samples (paper: 2)",
+)
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the per-dimension probability ratio (paper: 1e-4)")
-add("--ratio-norm", action=argparse.BooleanOptionalAction,
-    help="centred log-ratios over their step's scale: one clip range fits all steps (GRPO-Guard, arXiv 2510.22319)")
-add("--beta", type=float, default=0.009,
-    help="weight of the KL to the base (paper: 0.04; its std is without sqrt(dt), which makes that 0.009 here)")
-add("--schedule", choices=["mixed", "alternate"], default="mixed", help="all tasks in every rollout, or whole rollouts in turn")
+add(
+    "--ratio-norm",
+    action=argparse.BooleanOptionalAction,
+    help="centred log-ratios over their step's scale: one clip range fits all steps (GRPO-Guard, arXiv 2510.22319)",
+)
+add(
+    "--beta",
+    type=float,
+    default=0.009,
+    help="weight of the KL to the base (paper: 0.04; its std is without sqrt(dt), which makes that 0.009 here)",
+)
+add(
+    "--schedule",
+    choices=["mixed", "alternate"],
+    default="mixed",
+    help="all tasks in every rollout, or whole rollouts in turn",
+)
 add("--rank", type=int, default=32, help="of the LoRA (paper: 32)")
 add("--alpha", type=float, default=64, help="of the LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
-add("--dtype", choices=["float32", "bfloat16", "float16"],
-    help="of the frozen networks; what is trained is float32")
-add("--no-t5", action="store_true",
-    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)")
-add("--max-sequence-length", type=int,
-    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode")
+add(
+    "--dtype",
+    choices=["float32", "bfloat16", "float16"],
+    help="of the frozen networks; what is trained is float32",
+)
+add(
+    "--no-t5",
+    action="store_true",
+    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)",
+)
+add(
+    "--max-sequence-length",
+    type=int,
+    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)",
+)
+add(
+    "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
+)
 add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -107,7 +228,9 @@ for task in prompts:
         die(f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
 samples = args.batch_size * args.group_size  # per process
 if args.group_size < 2 or samples % args.updates_per_rollout:
-    die(f"--group-size {args.group_size} must be at least 2, and --batch-size x --group-size a multiple of --updates-per-rollout")
+    die(
+        f"--group-size {args.group_size} must be at least 2, and --batch-size x --group-size a multiple of --updates-per-rollout"
+    )
 if not 0 <= args.sde_window <= args.num_steps // 2:
     die(f"--sde-window {args.sde_window}: must lie in 0..{args.num_steps // 2}, half of --num-steps")
 if args.schedule == "alternate" and any(s["weight"] % 1 for s in prompt_specs.values()):
@@ -138,25 +261,41 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 sigmas = model.sigmas(args.num_steps, args.resolution)
 trainable = len(learnt(sigmas)) - 1  # steps, those of them that have noise
 if trainable == args.num_steps and args.sde == "flow" and not args.sde_window:
-    say(f"note: noise of the last step, from t = {sigmas[-2]:.2f}, is left in the pictures that are scored; "
-        "--sde cps and --sde-window leave none")
+    say(
+        f"note: noise of the last step, from t = {sigmas[-2]:.2f}, is left in the pictures that are scored; "
+        "--sde cps and --sde-window leave none"
+    )
 if args.compile:
     model.compile()
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 if rank == 0:
-    print(f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; "
-          f"{samples * world} pictures a rollout, {micro} at once, "
-          f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}")
-files = {"base": args.model, "init": init,
-         **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
-         **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()}}
+    print(
+        f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; "
+        f"{samples * world} pictures a rollout, {micro} at once, "
+        f"{' + '.join(rewards)} on {', '.join(f'{t} ({len(r)} prompts)' for t, r in prompts.items())}"
+    )
+files = {
+    "base": args.model,
+    "init": init,
+    **{f"prompts {task}": s["value"] for task, s in prompt_specs.items()},
+    **{f"validation prompts {task}": s["value"] for task, s in eval_specs.items()},
+}
 identity = run_identity(args, world, files, "reward", "reward_option") | {
-    "eval_num_steps": args.eval_num_steps, **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()},
-    **{f"reward {name}": [re.sub('://[^/"]+', "://", r.identity), r.weight, r.task] for name, r in rewards.items()}}  # a server may move
+    "eval_num_steps": args.eval_num_steps,
+    **{f"prompts {task}'s weight": s["weight"] for task, s in prompt_specs.items()},
+    **{
+        f"reward {name}": [re.sub('://[^/"]+', "://", r.identity), r.weight, r.task]
+        for name, r in rewards.items()
+    },
+}  # a server may move
 start = resume_checkpoint(args.resume, args.out, args.steps, model, "teacher", optimizer, identity)
 log = start_run(args.out, start, args) if rank == 0 else None
 if args.track:
-    accelerator.init_trackers("flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": args.out}})
+    accelerator.init_trackers(
+        "flow-opd",
+        config={k: str(v) for k, v in vars(args).items()},
+        init_kwargs={"wandb": {"dir": args.out}},
+    )
 stop, stopping = StopSignal(), False
 
 
@@ -166,7 +305,9 @@ def validate(adapter, label, step):
     row = evaluate(model, adapter, eval_prompts, rewards, args, rank, world, tasks=prompts, stop=stop)
     if row is None:
         return None
-    score = sum(rewards[n].weight * s for n, s in row["scores"].items()) / sum(rewards[n].weight for n in row["scores"])
+    score = sum(rewards[n].weight * s for n, s in row["scores"].items()) / sum(
+        rewards[n].weight for n in row["scores"]
+    )
     return {"model": label, "step": step, "score": score} | row
 
 
@@ -184,8 +325,18 @@ def advantages(rewards, tasks):
 
 def draw_grid():
     """samples.png: the same prompts and noise for the base and the teacher."""
-    texts = [r["prompt"] for rows in (eval_prompts or prompts).values() for r in rows[:max(2, 8 // len(prompts))]]
-    grid = draw_rows(model, {"base": ("base", args.guidance), "teacher": ("ema", args.guidance)}, texts, args, rank, world, stop)
+    texts = [
+        r["prompt"] for rows in (eval_prompts or prompts).values() for r in rows[: max(2, 8 // len(prompts))]
+    ]
+    grid = draw_rows(
+        model,
+        {"base": ("base", args.guidance), "teacher": ("ema", args.guidance)},
+        texts,
+        args,
+        rank,
+        world,
+        stop,
+    )
     if grid and rank == 0:
         save_grid(os.path.join(args.out, "samples.png"), grid, texts)
 
@@ -227,27 +378,49 @@ for step in range(start, args.steps + 1):
 
     # sample: a group of pictures per prompt, each trajectory a chain of Gaussian transitions
     began = time.time()
-    chosen = pick_prompts(prompts, {t: s["weight"] for t, s in prompt_specs.items()}, args.seed, step, args.batch_size * world, args.schedule)
-    batch = [pair for pair in chosen[rank * args.batch_size:(rank + 1) * args.batch_size] for _ in range(args.group_size)]
+    chosen = pick_prompts(
+        prompts,
+        {t: s["weight"] for t, s in prompt_specs.items()},
+        args.seed,
+        step,
+        args.batch_size * world,
+        args.schedule,
+    )
+    batch = [
+        pair
+        for pair in chosen[rank * args.batch_size : (rank + 1) * args.batch_size]
+        for _ in range(args.group_size)
+    ]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
     first_noise = randn(gens, shape, device)
     if args.same_noise:
-        first_noise = first_noise[::args.group_size].repeat_interleave(args.group_size, 0)
+        first_noise = first_noise[:: args.group_size].repeat_interleave(args.group_size, 0)
     noise_levels = [args.noise_level] * args.num_steps
     if args.sde_window:
-        first = int(torch.randint(args.num_steps // 2 - args.sde_window + 1, (), generator=generators(args.seed, step, [2 ** 31])[0]))
-        noise_levels = [args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)]
-    conds = model.encode([row["prompt"] for _, row in batch[::args.group_size]])                     # one a group
-    trajectories, scorer = [], Scorer(rewards, prompts, stop)  # pictures are scored while the next ones are sampled
+        first = int(
+            torch.randint(
+                args.num_steps // 2 - args.sde_window + 1,
+                (),
+                generator=generators(args.seed, step, [2**31])[0],
+            )
+        )
+        noise_levels = [
+            args.noise_level * (first <= i < first + args.sde_window) for i in range(args.num_steps)
+        ]
+    conds = model.encode([row["prompt"] for _, row in batch[:: args.group_size]])  # one a group
+    trajectories, scorer = (
+        [],
+        Scorer(rewards, prompts, stop),
+    )  # pictures are scored while the next ones are sampled
     with torch.no_grad():
         for i in range(0, samples, micro):
             if stop.name:
                 break
-            rows, g = batch[i:i + micro], gens[i:i + micro]
+            rows, g = batch[i : i + micro], gens[i : i + micro]
             cond = take_rows(conds, [j // args.group_size for j in range(i, i + len(rows))])
             draw = lambda: randn(g, shape, device)
             velocity = lambda x, t: model.velocity(x, t, cond, "teacher", args.guidance)
-            steps = list(rollout(velocity, first_noise[i:i + micro], sigmas, noise_levels, args.sde, draw))
+            steps = list(rollout(velocity, first_noise[i : i + micro], sigmas, noise_levels, args.sde, draw))
             trajectories.append([s for s in steps[:trainable] if s.log_prob is not None])
             try:
                 scorer.submit(model.decode(steps[-1].x_next), rows)
@@ -262,28 +435,42 @@ for step in range(start, args.steps + 1):
 
     # advantage: how much better than its group, in units of its task's spread. Groups that tie and pictures without a score are left out
     scores = {name: accelerator.gather(values.to(device)).cpu() for name, values in scores.items()}
-    everyone = weighted_sum(scores, rewards, [pair for pair in chosen for _ in range(args.group_size)], prompts)  # (B,) over all processes
+    everyone = weighted_sum(
+        scores, rewards, [pair for pair in chosen for _ in range(args.group_size)], prompts
+    )  # (B,) over all processes
     groups = everyone.view(-1, args.group_size)
-    advantage = advantages(groups, [task for task, _ in chosen]).flatten()[rank * samples:(rank + 1) * samples].to(device)  # (B,)
+    advantage = (
+        advantages(groups, [task for task, _ in chosen])
+        .flatten()[rank * samples : (rank + 1) * samples]
+        .to(device)
+    )  # (B,)
     tied = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1) < 1e-6
-    telling = (~tied).repeat_interleave(args.group_size) & ~everyone.isnan()                         # (B,) over all processes
+    telling = (~tied).repeat_interleave(args.group_size) & ~everyone.isnan()  # (B,) over all processes
 
     # learn: the clipped surrogate and the KL to the base, at every trained step
-    trajectory = [parts[0]._replace(**{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "v", "x_next", "log_prob")})
-                  for parts in zip(*trajectories)]
+    trajectory = [
+        parts[0]._replace(
+            **{k: torch.cat([getattr(p, k) for p in parts]) for k in ("x", "v", "x_next", "log_prob")}
+        )
+        for parts in zip(*trajectories)
+    ]
     kl_sum, clipped, terms, norms = torch.zeros((), device=device), torch.zeros((), device=device), 0, []
     for k in range(args.updates_per_rollout):
-        share = torch.arange(k, samples, args.updates_per_rollout)  # every update sees pictures of every group
+        share = torch.arange(
+            k, samples, args.updates_per_rollout
+        )  # every update sees pictures of every group
         share = share[telling[rank * samples + share]]
-        count = telling[k::args.updates_per_rollout].sum().item() * len(trajectory)  # of pictures x steps, over all processes
+        count = telling[k :: args.updates_per_rollout].sum().item() * len(
+            trajectory
+        )  # of pictures x steps, over all processes
         if count == 0:
             continue
         optimizer.zero_grad()
         for i in range(0, len(share), micro):
             if k == 0 and stop.name:  # later ones follow an update made, and are finished
                 break
-            rows = to_device(share[i:i + micro], device)
-            cond = take_rows(conds, (share[i:i + micro] // args.group_size).tolist())
+            rows = to_device(share[i : i + micro], device)
+            cond = take_rows(conds, (share[i : i + micro] // args.group_size).tolist())
             for s in trajectory:
                 x, x_next = s.x[rows], s.x_next[rows]
                 with torch.no_grad():
@@ -293,7 +480,7 @@ for step in range(start, args.steps + 1):
                 if args.ratio_norm:
                     mean_old = transition(x, s.v[rows], s.t, s.t_next, args.noise_level, args.sde)[0]
                     scale = abs(transition(0.0, 1.0, s.t, s.t_next, args.noise_level, args.sde)[0]) / std
-                    log_ratio = centred_log_ratio(x_next, mean, mean_old, std) / scale               # (B,)
+                    log_ratio = centred_log_ratio(x_next, mean, mean_old, std) / scale  # (B,)
                 else:
                     log_ratio = log_prob(x_next, mean, std) - s.log_prob[rows]
                 to_base = kl(mean, transition(x, v_base, s.t, s.t_next, args.noise_level, args.sde)[0], std)
@@ -307,8 +494,10 @@ for step in range(start, args.steps + 1):
         terms += count
         norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
         if not math.isfinite(norms[-1]):
-            die(f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in {args.out} are as they were. "
-                "Try a smaller --lr or another --dtype")
+            die(
+                f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in {args.out} are as they were. "
+                "Try a smaller --lr or another --dtype"
+            )
         optimizer.step()
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
 
@@ -316,15 +505,25 @@ for step in range(start, args.steps + 1):
         break
 
     # report, save
-    record = {"step": step + 1, **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
-              "kl_to_base": reduce_sum(kl_sum).item() / max(terms, 1), "clip_fraction": reduce_sum(clipped).item() / max(terms, 1),
-              "tied_groups": tied.float().mean().item(), "grad_norm": max(norms, default=0.0), "seconds": time.time() - began}
+    record = {
+        "step": step + 1,
+        **{f"reward/{n}": v[~v.isnan()].mean().item() for n, v in scores.items() if not v.isnan().all()},
+        "kl_to_base": reduce_sum(kl_sum).item() / max(terms, 1),
+        "clip_fraction": reduce_sum(clipped).item() / max(terms, 1),
+        "tied_groups": tied.float().mean().item(),
+        "grad_norm": max(norms, default=0.0),
+        "seconds": time.time() - began,
+    }
     if args.track:
         accelerator.log(record, step=step + 1)
     if rank == 0:
         log.write(json.dumps(record) + "\n"), log.flush()
         progress.update()
-        progress.set_postfix(reward=f"{everyone.nanmean():.3f}", kl=f"{record['kl_to_base']:.1e}", clip=f"{record['clip_fraction']:.2f}")
+        progress.set_postfix(
+            reward=f"{everyone.nanmean():.3f}",
+            kl=f"{record['kl_to_base']:.1e}",
+            clip=f"{record['clip_fraction']:.2f}",
+        )
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(args.out, step + 1, model, "teacher", optimizer, identity, args.keep)
 
@@ -335,6 +534,9 @@ if rank == 0:
         save_checkpoint(args.out, step, model, "teacher", optimizer, identity, args.keep)
     if results and not stopping:
         print(markdown(results))
-    print(f"stopped (--resume auto goes on): {args.out}/checkpoints" if stopping else
-          f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
+    print(
+        f"stopped (--resume auto goes on): {args.out}/checkpoints"
+        if stopping
+        else f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)"
+    )
 end_processes(accelerator, stop.failure)

@@ -31,14 +31,26 @@ def numbers(dtype, device, checkpointing=False):
     with torch.no_grad():
         model.velocity(x, 0.7, cond, ["ocr", "base", "compose", "ocr"], 2.0)
     (v * w).sum().backward()
-    found = {"embeddings": cond[0], "pooled": cond[1], "adapters": mixed, "student": v.detach(),
-             "gradient": torch.cat([p.grad.flatten() for p in params]), "pictures": model.decode(x)}
+    found = {
+        "embeddings": cond[0],
+        "pooled": cond[1],
+        "adapters": mixed,
+        "student": v.detach(),
+        "gradient": torch.cat([p.grad.flatten() for p in params]),
+        "pictures": model.decode(x),
+    }
     return {what: tensor.cpu().double() for what, tensor in found.items()}
 
 
-@pytest.mark.parametrize("dtype, checkpointing, most", [
-    (torch.float32, False, 2e-3), (torch.float32, True, 2e-3), (torch.float16, False, 2e-2),
-    (torch.bfloat16, False, 0.15)])
+@pytest.mark.parametrize(
+    "dtype, checkpointing, most",
+    [
+        (torch.float32, False, 2e-3),
+        (torch.float32, True, 2e-3),
+        (torch.float16, False, 2e-2),
+        (torch.bfloat16, False, 0.15),
+    ],
+)
 def test_numbers(dtype, checkpointing, most):
     exact, found = numbers(torch.float32, "cpu"), numbers(dtype, "cuda" if CUDA else "cpu", checkpointing)
     off = {what: ((found[what] - exact[what]).norm() / exact[what].norm()).item() for what in exact}
@@ -55,8 +67,17 @@ SCRIPTS = {
     "compiled": [*DISTILL, "--compile"],
     "float16": [*DISTILL, "--dtype", "float16"],
     "bfloat16": [*DISTILL, "--dtype", "bfloat16"],
-    "fine-tune": [*DISTILL, "--teachers", "compose=toy/base/transformer", "ocr=toy/teachers/ocr", "--prompts",
-                  "compose=toy/prompts/compose_train.txt", "ocr=toy/prompts/ocr_train.txt", "--init", "none"],
+    "fine-tune": [
+        *DISTILL,
+        "--teachers",
+        "compose=toy/base/transformer",
+        "ocr=toy/teachers/ocr",
+        "--prompts",
+        "compose=toy/prompts/compose_train.txt",
+        "ocr=toy/prompts/ocr_train.txt",
+        "--init",
+        "none",
+    ],
     "sft": ["cold_start.py", "sft", *QUICK],
     "teacher": ["train_teacher.py", *QUICK, "--group-size", 4, "--sde-window", 2, "--eval-num-steps", 4],
     "evaluate": ["evaluate.py", "--models", "base", "x=toy/teachers/ocr,guidance=2", "--reward", "toy.ocr"],
@@ -76,8 +97,13 @@ def test_scripts(name, tmp_path):
             words = [word for word in words if word not in ("--compile", "--dtype", "float16", "bfloat16")]
         if name == "evaluate":
             words += ["--prompts", few("test", 8, str(tmp_path))[1]]
-        got = subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
-                             env=os.environ | hidden | {"OMP_NUM_THREADS": "2"})
+        got = subprocess.run(
+            words,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | hidden | {"OMP_NUM_THREADS": "2"},
+        )
         assert got.returncode == 0, got.stderr[-3000:]
         if name != "evaluate":
             logs.append(read_log(out)[:1])

@@ -14,9 +14,9 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, TASKS, distill, few, read_log, run
+from torch.utils import _python_dispatch as dispatch
 from torch.utils import _pytree as tree
 from torch.utils import backend_registration
-from torch.utils import _python_dispatch as dispatch
 
 import flow_sde
 from flow_sde import SD3, to_device
@@ -33,8 +33,13 @@ class OnGPU(torch.Tensor):
     @staticmethod
     def __new__(cls, numbers):
         self = torch.Tensor._make_wrapper_subclass(
-            cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype, device=GPU)
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=GPU,
+        )
         self.numbers = numbers
         return self
 
@@ -46,6 +51,7 @@ class OnGPU(torch.Tensor):
 class Pretend(dispatch.TorchDispatchMode):
     """Computes every operation on the CPU, having checked that a GPU could, and counts the waits: {(what,
     line of the script): times}."""
+
     main = None
 
     def __init__(self, waits):
@@ -69,9 +75,14 @@ class Pretend(dispatch.TorchDispatchMode):
         device = kwargs.get("device")
         there = bool(gpu) if device is None else torch.device(device).type == "gpu"
         copy = func is A._to_copy.default
-        if copy and there != bool(gpu) and not kwargs.get("non_blocking"):
-            self.note("copy")
-        elif func is A.copy_.default and gpu and cpu:
+        if (
+            copy
+            and there != bool(gpu)
+            and not kwargs.get("non_blocking")
+            or func is A.copy_.default
+            and gpu
+            and cpu
+        ):
             self.note("copy")
         elif func is A._local_scalar_dense.default and gpu:
             self.note("number")
@@ -97,12 +108,20 @@ def gpu(monkeypatch):
     all."""
     if not hasattr(torch, "gpu"):
         backend_registration._setup_privateuseone_for_python_backend("gpu")
-        torch.gpu.get_amp_supported_dtype = lambda: [torch.float16]  # which gradient checkpointing asks for ever after
+        torch.gpu.get_amp_supported_dtype = lambda: [
+            torch.float16
+        ]  # which gradient checkpointing asks for ever after
     waits = collections.Counter()
     tolist, pick, start = torch.Tensor.tolist, flow_sde.pick_prompts, threading.Thread.run
     process = types.SimpleNamespace(
-        process_index=0, num_processes=1, device=torch.device(GPU), gather=lambda t: t,
-        is_main_process=True, wait_for_everyone=lambda: None, end_training=lambda: None)
+        process_index=0,
+        num_processes=1,
+        device=torch.device(GPU),
+        gather=lambda t: t,
+        is_main_process=True,
+        wait_for_everyone=lambda: None,
+        end_training=lambda: None,
+    )
     monkeypatch.setattr(flow_sde, "start_processes", lambda *a: process)
     monkeypatch.setattr(accelerate, "PartialState", lambda: process)
     monkeypatch.setattr(flow_sde, "to_device", lambda v, to: torch.as_tensor(v).to(to, non_blocking=True))
@@ -112,12 +131,14 @@ def gpu(monkeypatch):
         if isinstance(tensor, OnGPU):
             Pretend.main.note("number")
         return tolist(getattr(tensor, "numbers", tensor))
+
     monkeypatch.setattr(torch.Tensor, "tolist", waiting_tolist)
 
     def in_thread(self):  # modes are a thread's own
         torch._C._set_only_lift_cpu_tensors(True)
         with Pretend(collections.Counter()):
             start(self)
+
     monkeypatch.setattr(threading.Thread, "run", in_thread)
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the CPU, then copied
@@ -137,10 +158,29 @@ def only_at(waits, *lines):
 @pytest.mark.parametrize("objective", ["kl", "ppo"])
 def test_distill(objective, loras, tmp_path, gpu):
     paths = loras | ({"ocr": ROOT + "/toy/base/transformer"} if objective == "ppo" else {})  # a fine-tune
-    distill(loras, str(tmp_path), objective=objective, teachers=[f"{t}={paths[t]}" for t in TASKS],
-            batch_size=3, micro_batch_size=2, num_steps=3, guidance=2)
-    only_at(gpu, "model.encode(", "stop.arrived(", "norm = update()", "counts = ", "kls = ", "anchor_sum.item()",
-            "kl_by_sigma", "save_checkpoint(", "save_lora(", "draw_grid()")
+    distill(
+        loras,
+        str(tmp_path),
+        objective=objective,
+        teachers=[f"{t}={paths[t]}" for t in TASKS],
+        batch_size=3,
+        micro_batch_size=2,
+        num_steps=3,
+        guidance=2,
+    )
+    only_at(
+        gpu,
+        "model.encode(",
+        "stop.arrived(",
+        "norm = update()",
+        "counts = ",
+        "kls = ",
+        "anchor_sum.item()",
+        "kl_by_sigma",
+        "save_checkpoint(",
+        "save_lora(",
+        "draw_grid()",
+    )
 
 
 @pytest.mark.parametrize("name", ["flux", "klein", "flux2", "qwen", "zimage", "sana"])
@@ -153,44 +193,168 @@ def test_families(name, tmp_path, gpu):
         flow_sde.save_lora(model.lora("x"), str(tmp_path / "lora"))
     (tmp_path / "prompts.txt").write_text("a cup\ntwo cups and a dog\n")
     task, quick = f"x={tmp_path}/prompts.txt", ["--model", base, "--resolution", 64, "--dtype", "float32"]
-    quick += ["--steps", 1, "--num-steps", 3, "--batch-size", 2, "--micro-batch-size", 2, "--eval-num-steps", 1]
-    run("distill.py", *quick, "--teachers", f"x={tmp_path}/lora", "--prompts", task, "--anchor", "base", "--rank", 4,
-        "--gradient-checkpointing", "--out", tmp_path / "student")
+    quick += [
+        "--steps",
+        1,
+        "--num-steps",
+        3,
+        "--batch-size",
+        2,
+        "--micro-batch-size",
+        2,
+        "--eval-num-steps",
+        1,
+    ]
+    run(
+        "distill.py",
+        *quick,
+        "--teachers",
+        f"x={tmp_path}/lora",
+        "--prompts",
+        task,
+        "--anchor",
+        "base",
+        "--rank",
+        4,
+        "--gradient-checkpointing",
+        "--out",
+        tmp_path / "student",
+    )
     its_own = ["label(", "in rollout("] if name == "qwen" else []
-    only_at(gpu, "model.encode(", "stop.arrived(", "norm = update()", "counts = ", "kls = ", "anchor_sum.item()",
-            "kl_by_sigma", "save_checkpoint(", "save_lora(", "draw_grid()", *its_own)
+    only_at(
+        gpu,
+        "model.encode(",
+        "stop.arrived(",
+        "norm = update()",
+        "counts = ",
+        "kls = ",
+        "anchor_sum.item()",
+        "kl_by_sigma",
+        "save_checkpoint(",
+        "save_lora(",
+        "draw_grid()",
+        *its_own,
+    )
     if name == "zimage":  # its prompts are lists
-        run("train_teacher.py", *quick, "--reward", "jpeg", "--prompts", task, "--group-size", 2,
-            "--out", tmp_path / "teacher")
+        run(
+            "train_teacher.py",
+            *quick,
+            "--reward",
+            "jpeg",
+            "--prompts",
+            task,
+            "--group-size",
+            2,
+            "--out",
+            tmp_path / "teacher",
+        )
 
 
 def test_train_teacher(tmp_path, gpu):
-    run("train_teacher.py", "--steps", 1, "--batch-size", 2, "--group-size", 4, "--micro-batch-size", 4,
-        "--num-steps", 4, "--sde-window", 2, "--guidance", 2, "--eval-num-steps", 2,
-        "--eval-prompts", few("val", 3, str(tmp_path))[0], "--out", tmp_path)
-    only_at(gpu, "model.encode(", "stop.arrived(", "accelerator.gather(", "advantages(", "clip_grad_norm_(",
-            "kl_to_base", "save_checkpoint(", "save_lora(", "validate(", "draw_grid()")
+    run(
+        "train_teacher.py",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        "--group-size",
+        4,
+        "--micro-batch-size",
+        4,
+        "--num-steps",
+        4,
+        "--sde-window",
+        2,
+        "--guidance",
+        2,
+        "--eval-num-steps",
+        2,
+        "--eval-prompts",
+        few("val", 3, str(tmp_path))[0],
+        "--out",
+        tmp_path,
+    )
+    only_at(
+        gpu,
+        "model.encode(",
+        "stop.arrived(",
+        "accelerator.gather(",
+        "advantages(",
+        "clip_grad_norm_(",
+        "kl_to_base",
+        "save_checkpoint(",
+        "save_lora(",
+        "validate(",
+        "draw_grid()",
+    )
 
 
 def test_sft(tmp_path, loras, gpu):
-    run("cold_start.py", "sft", "--teachers", *[f"{t}={loras[t]}" for t in TASKS], "--steps", 1,
-        "--batch-size", 3, "--micro-batch-size", 2, "--num-steps", 3, "--guidance", 2, "--out", tmp_path)
-    only_at(gpu, "model.encode(", "stop.arrived(", "clip_grad_norm_(", "reduce_sum(kl_sum)",
-            "save_checkpoint(", "save_lora(")
+    run(
+        "cold_start.py",
+        "sft",
+        "--teachers",
+        *[f"{t}={loras[t]}" for t in TASKS],
+        "--steps",
+        1,
+        "--batch-size",
+        3,
+        "--micro-batch-size",
+        2,
+        "--num-steps",
+        3,
+        "--guidance",
+        2,
+        "--out",
+        tmp_path,
+    )
+    only_at(
+        gpu,
+        "model.encode(",
+        "stop.arrived(",
+        "clip_grad_norm_(",
+        "reduce_sum(kl_sum)",
+        "save_checkpoint(",
+        "save_lora(",
+    )
 
 
 def test_pictures(tmp_path, loras, gpu):
     """Drawing waits when its prompts are encoded, once for each text encoder, and not in its steps; pictures are
     written by another thread."""
     encoders, flags = 3, ["--guidance", 2, "--out", tmp_path]
-    run("evaluate.py", "--models", "base", f"ocr={loras['ocr']}", "--tasks", few("test", 3, str(tmp_path))[1],
-        "--reward", "toy.ocr", "--eval-num-steps", 4, "--eval-batch-size", 2, *flags)
+    run(
+        "evaluate.py",
+        "--models",
+        "base",
+        f"ocr={loras['ocr']}",
+        "--tasks",
+        few("test", 3, str(tmp_path))[1],
+        "--reward",
+        "toy.ocr",
+        "--eval-num-steps",
+        4,
+        "--eval-batch-size",
+        2,
+        *flags,
+    )
     assert sum(times for (_, line), times in gpu.items() if line == "guarded(draw_all)") == 4 * encoders
-    only_at(gpu, "model = load_model(", "model.load_teacher(", "check_rewards(", "guarded(draw_all)", "stop.arrived(")
+    only_at(
+        gpu,
+        "model = load_model(",
+        "model.load_teacher(",
+        "check_rewards(",
+        "guarded(draw_all)",
+        "stop.arrived(",
+    )
     gpu.clear()
     run("sample.py", "--lora", loras["ocr"], "--prompt", "a cup", "--num-images", 2, "--num-steps", 4, *flags)
-    assert sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == encoders + 1  # finite?
-    only_at(gpu, "model = load_model(", "model.load_adapter(", "model.generate(", "pil(drawn)", "stop.arrived(")
+    assert (
+        sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == encoders + 1
+    )  # finite?
+    only_at(
+        gpu, "model = load_model(", "model.load_adapter(", "model.generate(", "pil(drawn)", "stop.arrived("
+    )
 
 
 def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):
@@ -202,9 +366,19 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
         if len(x) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return velocity(model, x, *args)
+
     # with --model, the toy's own defaults are out of the way
-    flags = dict(model=ROOT + "/toy/base", prompts=few("train", 1, str(tmp_path)), resolution=32,
-                 dtype="float32", guidance=1, batch_size=3, num_steps=3, eval_num_steps=1, eval_batch_size=2)
+    flags = dict(
+        model=ROOT + "/toy/base",
+        prompts=few("train", 1, str(tmp_path)),
+        resolution=32,
+        dtype="float32",
+        guidance=1,
+        batch_size=3,
+        num_steps=3,
+        eval_num_steps=1,
+        eval_batch_size=2,
+    )
     distill(loras, str(tmp_path / "given"), **flags | dict(micro_batch_size=3))
     monkeypatch.setattr(SD3, "velocity", limited)
     flags["micro_batch_size"] = None
@@ -220,8 +394,10 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
     with pytest.raises(torch.OutOfMemoryError) as caught:
         distill(loras, str(tmp_path / "none"), **flags)
     sys.excepthook(caught.type, caught.value, None)
-    assert ("less of it is needed with --micro-batch-size 1, --eval-batch-size 1, --gradient-checkpointing, "
-            "--offload-text-encoders, --no-t5") in capsys.readouterr().err
+    assert (
+        "less of it is needed with --micro-batch-size 1, --eval-batch-size 1, --gradient-checkpointing, "
+        "--offload-text-encoders, --no-t5"
+    ) in capsys.readouterr().err
 
 
 def test_numbers_are_sent_to_every_kind_of_device(gpu):

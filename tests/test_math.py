@@ -9,8 +9,20 @@ from conftest import sigma_schedule
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
-from flow_sde import (WEIGHTINGS, centred_log_ratio, clipped_surrogate, generators, kl, log_prob,
-                      pick_prompts, randn, rollout, step_weights, transition, update_average)
+from flow_sde import (
+    WEIGHTINGS,
+    centred_log_ratio,
+    clipped_surrogate,
+    generators,
+    kl,
+    log_prob,
+    pick_prompts,
+    randn,
+    rollout,
+    step_weights,
+    transition,
+    update_average,
+)
 
 X, V, V2 = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(s)) for s in range(3))
 STEPS = list(zip(sigma_schedule(10)[:-1], sigma_schedule(10)[1:]))
@@ -32,7 +44,9 @@ def test_log_prob_and_kl_are_those_of_torch(sde):
         (mean, std), (mean2, _) = (transition(X, v, t, t_next, 0.7, sde) for v in (V, V2))
         p, q = (Independent(Normal(m.double(), std), 3) for m in (mean, mean2))
         x_next = mean + std * torch.randn_like(mean)
-        assert torch.allclose(log_prob(x_next, mean, std).double(), p.log_prob(x_next.double()) / X[0].numel(), rtol=1e-4)
+        assert torch.allclose(
+            log_prob(x_next, mean, std).double(), p.log_prob(x_next.double()) / X[0].numel(), rtol=1e-4
+        )
         assert torch.allclose(kl(mean, mean2, std).double(), kl_divergence(p, q) / X[0].numel(), rtol=1e-4)
 
 
@@ -41,7 +55,9 @@ def test_flow_transition_by_hand():
     mean, std = transition(torch.tensor([1.0]), torch.tensor([2.0]), t, t_next, a)
     assert std == pytest.approx(math.sqrt(1.96 * 0.1))
     assert mean.item() == pytest.approx(1 - (2 + 1.96 / 1.6 * (1 + 0.2 * 2)) * 0.1)
-    assert transition(X, V, 1.0, 0.96, a)[1] == pytest.approx(a / math.sqrt(0.04) * math.sqrt(0.04))  # t = 1: s = a / sqrt(1 - t_next)
+    assert transition(X, V, 1.0, 0.96, a)[1] == pytest.approx(
+        a / math.sqrt(0.04) * math.sqrt(0.04)
+    )  # t = 1: s = a / sqrt(1 - t_next)
 
 
 def test_kl_is_a_weighted_velocity_distance():
@@ -49,13 +65,17 @@ def test_kl_is_a_weighted_velocity_distance():
     for t, t_next in STEPS[1:]:
         (mean, std), (mean2, _) = (transition(X.double(), v.double(), t, t_next, a) for v in (V, V2))
         w = (t - t_next) / 2 * (1 - t) / t * (a / 2 + 1 / a) ** 2
-        assert torch.allclose(kl(mean, mean2, std), w * (V.double() - V2.double()).square().flatten(1).mean(1), rtol=1e-9)
+        assert torch.allclose(
+            kl(mean, mean2, std), w * (V.double() - V2.double()).square().flatten(1).mean(1), rtol=1e-9
+        )
 
 
 def test_a_step_without_noise_has_no_log_prob():
     with pytest.raises(ValueError):
         log_prob(X, X, 0.0)
-    steps = list(rollout(lambda x, t: V, X, sigma_schedule(4), [0, 0.7, 0.7, 0], "flow", lambda: torch.zeros_like(X)))
+    steps = list(
+        rollout(lambda x, t: V, X, sigma_schedule(4), [0, 0.7, 0.7, 0], "flow", lambda: torch.zeros_like(X))
+    )
     assert [s.log_prob is not None for s in steps] == [False, True, True, False]
 
 
@@ -65,13 +85,13 @@ def test_marginal_variance_on_a_gaussian(noise_level):
     follow the ODE's (1-t)^2 c^2 + t^2, ever closer as steps get finer. (From t = 0.9: at t = 1 Flow-GRPO's replacement of 1-t injects a
     finite amount of noise in the first step, however short, and adds a^4/4 to the variance.)"""
     c, errors = 0.5, []
-    marginal = lambda t: (1 - t) ** 2 * c ** 2 + t ** 2
+    marginal = lambda t: (1 - t) ** 2 * c**2 + t**2
     for n in (100, 400, 1600):
         sigmas, worst = np.linspace(0.9, 0.02, n + 1).tolist(), 0.0
         variance = marginal(0.9)
         for t, t_next in zip(sigmas[:-1], sigmas[1:]):
-            gain, std = transition(1.0, (t - (1 - t) * c ** 2) / marginal(t), t, t_next, noise_level)
-            variance = gain ** 2 * variance + std ** 2
+            gain, std = transition(1.0, (t - (1 - t) * c**2) / marginal(t), t, t_next, noise_level)
+            variance = gain**2 * variance + std**2
             worst = max(worst, abs(variance / marginal(t_next) - 1))
         errors.append(worst)
     assert errors[2] < 0.01 and errors[2] < 0.3 * errors[1] < 0.09 * errors[0] * 1.2, errors
@@ -79,7 +99,7 @@ def test_marginal_variance_on_a_gaussian(noise_level):
 
 def test_first_step_from_pure_noise():
     gain, std = transition(1.0, 1.0, 1.0, 0.999, 0.7)
-    assert gain ** 2 + std ** 2 == pytest.approx(1 + 0.7 ** 4 / 4, abs=3e-3)
+    assert gain**2 + std**2 == pytest.approx(1 + 0.7**4 / 4, abs=3e-3)
 
 
 def test_cps_keeps_the_amount_of_noise():
@@ -87,7 +107,7 @@ def test_cps_keeps_the_amount_of_noise():
     for t, t_next in STEPS:
         for a in (0.3, 0.7, 1.0):
             mean, std = transition(t * 1.0, 1.0, t, t_next, a, "cps")  # x_0 = 0, eps = 1
-            assert mean ** 2 + std ** 2 == pytest.approx(t_next ** 2)
+            assert mean**2 + std**2 == pytest.approx(t_next**2)
             mean, _ = transition((1 - t) * 1.0, -1.0, t, t_next, a, "cps")  # x_0 = 1, eps = 0
             assert mean == pytest.approx(1 - t_next)
 
@@ -118,16 +138,22 @@ def test_which_objective_learns():
 
     def gradient(loss):
         return torch.autograd.grad(loss.mean(), W, retain_graph=True)[0]
+
     analytic = gradient(closed)
-    compare = lambda g: (torch.nn.functional.cosine_similarity(g.flatten(), analytic.flatten(), 0).item(), ((g - analytic).norm() / analytic.norm()).item())
+    compare = lambda g: (
+        torch.nn.functional.cosine_similarity(g.flatten(), analytic.flatten(), 0).item(),
+        ((g - analytic).norm() / analytic.norm()).item(),
+    )
     paper = compare(gradient(clipped_surrogate(new - old, -closed.detach() * d, 1e-4)))
     action = compare(gradient(clipped_surrogate(new - old, reward, 1e-4)))
-    attached = compare(gradient(clipped_surrogate(new - old, torch.zeros(n), 1e-4) + closed))  # what differentiating through -KL adds
+    attached = compare(
+        gradient(clipped_surrogate(new - old, torch.zeros(n), 1e-4) + closed)
+    )  # what differentiating through -KL adds
     for name, (cosine, error) in {"kl": attached, "ppo": action, "ppo-paper": paper}.items():
         print(f"\n{name}: cosine {cosine:.3f}, relative error {error:.3f}", end="")
-    assert paper[1] > 0.9                                  # the paper's literal objective: expected gradient zero
+    assert paper[1] > 0.9  # the paper's literal objective: expected gradient zero
     assert gradient(clipped_surrogate(new - old, -closed.detach() * d, 1e-4)).norm() < 0.1 * analytic.norm()
-    assert action[0] > 0.99 and action[1] < 0.1            # the action-dependent reward: the analytic gradient
+    assert action[0] > 0.99 and action[1] < 0.1  # the action-dependent reward: the analytic gradient
     assert attached[1] < 1e-5
 
 
@@ -135,7 +161,12 @@ def test_clipping_works():
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
     log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
     clipped_surrogate(log_ratio, advantage, 0.2).sum().backward()
-    assert (log_ratio.grad != 0).tolist() == [False, True, True, False]  # moving further the way the advantage points is not rewarded
+    assert (log_ratio.grad != 0).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]  # moving further the way the advantage points is not rewarded
     with pytest.raises(AssertionError):
         clipped_surrogate(log_ratio, advantage[:, None], 0.2)  # a (B,1) advantage would broadcast to (B,B)
 
@@ -146,18 +177,26 @@ def test_drift_makes_a_log_ratio_one_sided_and_centring_mends_it():
     t, t_next = STEPS[8]
     gen = torch.Generator().manual_seed(0)
     x, v = (torch.randn(64, 16, 64, 64, generator=gen) for _ in range(2))
-    for drift, bias, spread in ((0.01, -7.6e-5, 4e-5), (0.03, -6.4e-4, 1.3e-4)):  # of the mean, per dimension, in units of the transition
+    for drift, bias, spread in (
+        (0.01, -7.6e-5, 4e-5),
+        (0.03, -6.4e-4, 1.3e-4),
+    ):  # of the mean, per dimension, in units of the transition
         mean_old, std = transition(x, v, t, t_next, 0.7)
         mean = mean_old + drift * torch.randn(x.shape, generator=gen) * (2 * -bias) ** 0.5 / drift * std
         x_next = mean_old + std * torch.randn(x.shape, generator=gen)
         plain = log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)
         centred = centred_log_ratio(x_next, mean, mean_old, std)
-        assert plain.mean().item() == pytest.approx(bias, rel=0.2) and centred.std().item() == pytest.approx(spread, rel=0.3)
+        assert plain.mean().item() == pytest.approx(bias, rel=0.2) and centred.std().item() == pytest.approx(
+            spread, rel=0.3
+        )
         assert abs(centred.mean()) < spread / 3  # of 64 samples
         assert torch.allclose(centred, plain + kl(mean, mean_old, std), atol=1e-5)
     # to first order, which is all that counts where the policies meet, the gradients are the same
     mean = mean_old.clone().requires_grad_()
-    a, b = (torch.autograd.grad(f.sum(), mean)[0] for f in (log_prob(x_next, mean, std), centred_log_ratio(x_next, mean, mean_old, std)))
+    a, b = (
+        torch.autograd.grad(f.sum(), mean)[0]
+        for f in (log_prob(x_next, mean, std), centred_log_ratio(x_next, mean, mean_old, std))
+    )
     assert torch.allclose(a, b, atol=1e-9)
 
 
@@ -169,18 +208,24 @@ def test_average_of_the_parameters():
         for n, p in enumerate(params, 1):
             update_average(ema, [p], decay, n)
             weights = [d ** (n - k) for k in range(1, n + 1)]
-            assert ema[0][0].item() == pytest.approx(sum(w * k for k, w in enumerate(weights, 1)) / sum(weights), rel=1e-5)
+            assert ema[0][0].item() == pytest.approx(
+                sum(w * k for k, w in enumerate(weights, 1)) / sum(weights), rel=1e-5
+            )
 
 
 def test_noise_and_prompts_do_not_depend_on_how_the_batch_is_cut():
     whole = randn(generators(7, 3, range(6)), (2, 2), "cpu")
     halves = torch.cat([randn(generators(7, 3, r), (2, 2), "cpu") for r in (range(3), range(3, 6))])
-    assert torch.equal(whole, halves) and not torch.equal(whole, randn(generators(7, 4, range(6)), (2, 2), "cpu"))
+    assert torch.equal(whole, halves) and not torch.equal(
+        whole, randn(generators(7, 4, range(6)), (2, 2), "cpu")
+    )
     prompts = {"a": [{"prompt": f"a{i}"} for i in range(50)], "b": [{"prompt": f"b{i}"} for i in range(50)]}
     batch = pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert [t for t, _ in batch].count("a") == 6 and batch == pick_prompts(prompts, {"a": 3, "b": 1}, 0, 5, 8)
     assert all(t == "b" for t, _ in pick_prompts(prompts, {"a": 0, "b": 1}, 0, 5, 8))
-    turns = [{t for t, _ in pick_prompts(prompts, {"a": 3, "b": 1}, 0, step, 8, "alternate")} for step in range(8)]
+    turns = [
+        {t for t, _ in pick_prompts(prompts, {"a": 3, "b": 1}, 0, step, 8, "alternate")} for step in range(8)
+    ]
     assert turns == [{"a"}, {"a"}, {"a"}, {"b"}] * 2
 
 
@@ -194,12 +239,18 @@ def test_step_weights(sde):
         terms.append(kl(mean, other, std).item())
     factors = step_weights(steps, 0.7, sde, "uniform")
     assert list(factors) == sigmas[:-1]
-    assert [f * term for f, term in zip(factors.values(), terms)] == pytest.approx([sum(terms) / len(terms)] * len(terms), rel=1e-3)
+    assert [f * term for f, term in zip(factors.values(), terms)] == pytest.approx(
+        [sum(terms) / len(terms)] * len(terms), rel=1e-3
+    )
     assert set(step_weights(steps, 0.7, sde, "kl").values()) == {1.0} and max(terms) > 10 * min(terms)
     for (t, t_next), term in zip(steps, terms):
         assert step_weights(steps, 0.7, sde, "kl-dt")[t] == t - t_next
-        (mean, _), (other, _) = (transition(one, v * one, t, t_next, 0.0, "ode") for v in (0.0, 1.0))  # of deterministic steps
-        assert step_weights(steps, 0.7, sde, "dt2")[t] * term == pytest.approx((mean - other).square().mean().item() / 2, rel=1e-3)
+        (mean, _), (other, _) = (
+            transition(one, v * one, t, t_next, 0.0, "ode") for v in (0.0, 1.0)
+        )  # of deterministic steps
+        assert step_weights(steps, 0.7, sde, "dt2")[t] * term == pytest.approx(
+            (mean - other).square().mean().item() / 2, rel=1e-3
+        )
 
 
 def test_share_of_the_last_learnt_step():

@@ -10,11 +10,23 @@ import pytest
 import torch
 from conftest import ROOT, TASKS, lora_of, random_lora, refused, run
 
-from flow_sde import (SD3, generators, linear_layers, merge_loras, randn, save_lora, truncate_lora,
-                      update_average)
+from flow_sde import (
+    SD3,
+    generators,
+    linear_layers,
+    merge_loras,
+    randn,
+    save_lora,
+    truncate_lora,
+    update_average,
+)
 
 BASE = os.path.join(ROOT, "toy/base")
-PROMPTS = ["two red circles and one blue square", 'a yellow sign saying "HAT"', "a red house and two pines on snow at night"]
+PROMPTS = [
+    "two red circles and one blue square",
+    'a yellow sign saying "HAT"',
+    "a red house and two pines on snow at night",
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +46,21 @@ def inputs(model, n=3, seed=0):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sample_is_the_pipelines(guidance):
     from diffusers import StableDiffusion3Pipeline
+
     model, pipe = SD3(BASE), StableDiffusion3Pipeline.from_pretrained(BASE)
     pipe.set_progress_bar_config(disable=True)
     latents = randn(generators(0, 0, range(3)), model.latent_shape(32), "cpu")
-    theirs = pipe(PROMPTS, negative_prompt=[""] * 3, latents=latents, num_inference_steps=8, guidance_scale=guidance, height=32, width=32,
-                  max_sequence_length=12, output_type="pt").images
+    theirs = pipe(
+        PROMPTS,
+        negative_prompt=[""] * 3,
+        latents=latents,
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        height=32,
+        width=32,
+        max_sequence_length=12,
+        output_type="pt",
+    ).images
     ours = model.generate(PROMPTS, generators(0, 0, range(3)), 8, 32, guidance=guidance)
     assert (ours - theirs).abs().max() < 1e-4
 
@@ -48,8 +70,11 @@ def test_mixed_batch_equals_one_adapter_at_a_time(model):
     names = ["ocr", "base", "compose", "student"]
     mixed = model.velocity(x, t, cond, names, [1.0, 4.0, 2.0, 1.0])
     for i, (name, g) in enumerate(zip(names, [1.0, 4.0, 2.0, 1.0])):
-        alone = model.velocity(x[i:i + 1], t, tuple(c[i:i + 1] for c in cond), name, g)
-        assert torch.allclose(mixed[i:i + 1], alone, atol=2e-5), (name, (mixed[i:i + 1] - alone).abs().max())
+        alone = model.velocity(x[i : i + 1], t, tuple(c[i : i + 1] for c in cond), name, g)
+        assert torch.allclose(mixed[i : i + 1], alone, atol=2e-5), (
+            name,
+            (mixed[i : i + 1] - alone).abs().max(),
+        )
     assert (mixed[0] - model.velocity(x, t, cond, "scene")[0]).abs().max() > 1e-3
     assert torch.allclose(model.velocity(x, t, cond, "base"), SD3(BASE).velocity(x, t, cond), atol=1e-6)
 
@@ -77,7 +102,9 @@ def test_teachers_between_forward_and_backward_do_not_cost_the_student_its_gradi
     for other in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads[0], other))
     silent = [n for n, g in zip(model.weights("student"), grads[0]) if g.abs().max() == 0]
-    assert all(n.endswith("3.attn.add_q_proj") for n, _ in silent)  # the last block's text queries lead nowhere, in any SD3
+    assert all(
+        n.endswith("3.attn.add_q_proj") for n, _ in silent
+    )  # the last block's text queries lead nowhere, in any SD3
     assert not any(p.requires_grad for p in model.weights("ocr").values())
 
 
@@ -87,8 +114,11 @@ def test_adapters_of_any_rank_on_any_layers():
     gradient of the adapter in training, also under gradient checkpointing, with a full fine-tune and frozen
     adapters in the same batch."""
     model, gen = SD3(BASE), torch.Generator().manual_seed(0)
-    targets = {"low": (2, ["0.norm1.linear", "1.attn.to_q"]), "high": (7, ["1.attn.to_q", "2.ff.net.2"]),
-               "student": (3, ["0.norm1.linear", "2.attn.add_k_proj"])}
+    targets = {
+        "low": (2, ["0.norm1.linear", "1.attn.to_q"]),
+        "high": (7, ["1.attn.to_q", "2.ff.net.2"]),
+        "student": (3, ["0.norm1.linear", "2.attn.add_k_proj"]),
+    }
     dense = {name: SD3(BASE) for name in (*targets, "base")}
     for name, (rank, modules) in targets.items():
         lora = {}
@@ -106,17 +136,18 @@ def test_adapters_of_any_rank_on_any_layers():
 
     def gradients(v):
         return torch.autograd.grad((v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum(), params)
+
     v = model.velocity(x, t, cond, names, guidance)
     for i, (name, g) in enumerate(zip(["low", "student", "high", "base", "high"], guidance)):
-        expected = dense[name].velocity(x[i:i + 1], t, [c[i:i + 1] for c in cond], guidance=g)
-        assert torch.allclose(v[i:i + 1], expected, atol=2e-5), name
+        expected = dense[name].velocity(x[i : i + 1], t, [c[i : i + 1] for c in cond], guidance=g)
+        assert torch.allclose(v[i : i + 1], expected, atol=2e-5), name
     exact = gradients(v)
     layers = linear_layers(dense["student"].transformer)
     weights = [layers[n].weight.requires_grad_() for n in model.lora("student")]
     alone = dense["student"].velocity(x[1:2], t, [c[1:2] for c in cond], guidance=2.0)
     loss = (alone * torch.linspace(-1, 1, v.numel()).view_as(v)[1:2]).sum()
     for i, dW in enumerate(torch.autograd.grad(loss, weights)):
-        (A, B), (dA, dB) = params[2 * i:2 * i + 2], exact[2 * i:2 * i + 2]
+        (A, B), (dA, dB) = params[2 * i : 2 * i + 2], exact[2 * i : 2 * i + 2]
         assert torch.allclose(dA, 5 / 3 * B.T @ dW, rtol=1e-4, atol=1e-5)
         assert torch.allclose(dB, 5 / 3 * dW @ A.T, rtol=1e-4, atol=1e-5)
     model.transformer.enable_gradient_checkpointing(model._checkpointed)
@@ -151,17 +182,26 @@ def test_frozen_adapters_are_asked_as_they_are_now(model):
 def test_a_saved_lora_is_the_same_for_us_peft_and_diffusers(loras, tmp_path):
     from diffusers import StableDiffusion3Pipeline
     from peft import PeftModel
+
     model = SD3(BASE)
     model.load_adapter("ocr", loras["ocr"])
     save_lora(model.lora("ocr"), tmp_path)
     x, t, cond = inputs(model)
     ours = model.velocity(x, t, cond, "ocr")
-    call = lambda f: f(hidden_states=x, timestep=torch.full((3,), t * 1000), encoder_hidden_states=cond[0], pooled_projections=cond[1], return_dict=False)[0]
+    call = lambda f: f(
+        hidden_states=x,
+        timestep=torch.full((3,), t * 1000),
+        encoder_hidden_states=cond[0],
+        pooled_projections=cond[1],
+        return_dict=False,
+    )[0]
     with torch.no_grad():
         pipe = StableDiffusion3Pipeline.from_pretrained(BASE)
         pipe.load_lora_weights(str(tmp_path))
         assert torch.allclose(call(pipe.transformer), ours, atol=1e-5)
-        assert torch.allclose(call(PeftModel.from_pretrained(SD3(BASE).transformer, str(tmp_path))), ours, atol=1e-5)
+        assert torch.allclose(
+            call(PeftModel.from_pretrained(SD3(BASE).transformer, str(tmp_path))), ours, atol=1e-5
+        )
     for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         again = SD3(BASE)
         again.load_adapter("x", str(tmp_path / file))
@@ -171,7 +211,17 @@ def test_a_saved_lora_is_the_same_for_us_peft_and_diffusers(loras, tmp_path):
 
 def test_merge_is_the_exact_weighted_sum_of_deltas(loras, tmp_path):
     delta = lambda lora, n: lora[n][2] / len(lora[n][0]) * lora[n][1].double() @ lora[n][0].double()
-    run("cold_start.py", "merge", "--method", "cat", "--out", tmp_path / "cat", "--teachers", f"a={loras['compose']},weight=3", f"b={loras['ocr']},weight=1")
+    run(
+        "cold_start.py",
+        "merge",
+        "--method",
+        "cat",
+        "--out",
+        tmp_path / "cat",
+        "--teachers",
+        f"a={loras['compose']},weight=3",
+        f"b={loras['ocr']},weight=1",
+    )
     a, b, merged = map(lora_of, (loras["compose"], loras["ocr"], tmp_path / "cat/lora"))
     for n in a:
         assert torch.allclose(delta(merged, n), 0.75 * delta(a, n) + 0.25 * delta(b, n), atol=1e-6)
@@ -182,16 +232,44 @@ def test_merge_is_the_exact_weighted_sum_of_deltas(loras, tmp_path):
         assert torch.allclose(delta(full, n), delta(exact, n), atol=1e-6)
         best = torch.linalg.svdvals(delta(exact, n))[3:].norm()
         assert (delta(low, n) - delta(exact, n)).norm().item() == pytest.approx(best.item(), rel=1e-3)
-    run("cold_start.py", "merge", "--method", "svd", "--rank", "3", "--out", tmp_path / "svd", "--teachers", f"a={loras['compose']}", f"b={loras['ocr']}")
+    run(
+        "cold_start.py",
+        "merge",
+        "--method",
+        "svd",
+        "--rank",
+        "3",
+        "--out",
+        tmp_path / "svd",
+        "--teachers",
+        f"a={loras['compose']}",
+        f"b={loras['ocr']}",
+    )
     assert all(len(A) == 3 for A, _, _ in lora_of(tmp_path / "svd/lora").values())
     # the average of the factors, and how far that is from the average of the deltas
-    run("cold_start.py", "merge", "--method", "factors", "--out", tmp_path / "mean", "--teachers", f"a={loras['compose']},weight=3", f"b={loras['ocr']}")
+    run(
+        "cold_start.py",
+        "merge",
+        "--method",
+        "factors",
+        "--out",
+        tmp_path / "mean",
+        "--teachers",
+        f"a={loras['compose']},weight=3",
+        f"b={loras['ocr']}",
+    )
     mean = lora_of(tmp_path / "mean/lora")
     for n in a:
-        assert all(torch.allclose(mean[n][k], 0.75 * a[n][k] + 0.25 * b[n][k], atol=1e-6) for k in (0, 1)) and mean[n][2] == a[n][2]
+        assert (
+            all(torch.allclose(mean[n][k], 0.75 * a[n][k] + 0.25 * b[n][k], atol=1e-6) for k in (0, 1))
+            and mean[n][2] == a[n][2]
+        )
     square = lambda difference: sum(difference(n).square().sum().item() for n in a)
     error = (square(lambda n: delta(mean, n) - delta(exact, n)) / square(lambda n: delta(exact, n))) ** 0.5
-    assert json.load(open(tmp_path / "mean/results.json"))["relative_error"] == pytest.approx(error, rel=1e-3) and error > 0.1
+    assert (
+        json.load(open(tmp_path / "mean/results.json"))["relative_error"] == pytest.approx(error, rel=1e-3)
+        and error > 0.1
+    )
 
 
 def test_a_lora_that_does_not_fit_is_named(loras, tmp_path):
@@ -199,18 +277,33 @@ def test_a_lora_that_does_not_fit_is_named(loras, tmp_path):
     first = next(iter(lora))
     bad = {
         "unknown": ({"nonsense" + n[12:]: v for n, v in lora.items()}, "model: base_model.model.nonsense"),
-        "shape": ({n: (A[:, :5], B, al) if n == first else (A, B, al) for n, (A, B, al) in lora.items()},
-                  f"{first} has A (4, 5) and B"),
+        "shape": (
+            {n: (A[:, :5], B, al) if n == first else (A, B, al) for n, (A, B, al) in lora.items()},
+            f"{first} has A (4, 5) and B",
+        ),
     }
     for name, (weights, message) in bad.items():
         save_lora(weights, tmp_path / name)
         assert message in refused("sample.py", "--lora", tmp_path / name, "--out", tmp_path / "out")
     from safetensors.torch import load_file, save_file
-    for name, change, message in (("missing", lambda t: {k: v for k, v in t.items() if first not in k},
-                                   "1 layers that its settings target have no weights: " + first),
-                                  ("half", lambda t: {k: v for k, v in t.items() if first + ".lora_B" not in k}, first + " (only lora_A)"),
-                                  ("strange", lambda t: t | {"text_model.x": torch.zeros(1)},
-                                   "1 keys belong to no LoRA of a linear layer in this model: text_model.x")):
+
+    for name, change, message in (
+        (
+            "missing",
+            lambda t: {k: v for k, v in t.items() if first not in k},
+            "1 layers that its settings target have no weights: " + first,
+        ),
+        (
+            "half",
+            lambda t: {k: v for k, v in t.items() if first + ".lora_B" not in k},
+            first + " (only lora_A)",
+        ),
+        (
+            "strange",
+            lambda t: t | {"text_model.x": torch.zeros(1)},
+            "1 keys belong to no LoRA of a linear layer in this model: text_model.x",
+        ),
+    ):
         folder = random_lora(tmp_path / name, 1)
         os.remove(os.path.join(folder, "pytorch_lora_weights.safetensors"))
         file = os.path.join(folder, "adapter_model.safetensors")
@@ -256,29 +349,52 @@ def test_compiled_blocks_ask_the_adapters_of_the_moment(model):
 DYNAMIC = {"use_dynamic_shifting": True}
 
 
-@pytest.mark.parametrize("change", [
-    {"shift": 1.5}, DYNAMIC, DYNAMIC | {"time_shift_type": "linear", "base_image_seq_len": 16},
-    {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
-    {"shift_terminal": 0.1}, {"num_train_timesteps": 500}], ids=lambda change: " ".join(change))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shift": 1.5},
+        DYNAMIC,
+        DYNAMIC | {"time_shift_type": "linear", "base_image_seq_len": 16},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"shift_terminal": 0.1},
+        {"num_train_timesteps": 500},
+    ],
+    ids=lambda change: " ".join(change),
+)
 def test_the_scheduler_decides_the_schedule(change):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
     model, pipe = SD3(BASE), StableDiffusion3Pipeline.from_pretrained(BASE)
     pipe.set_progress_bar_config(disable=True)
     before = model.generate(PROMPTS[:1], generators(0, 0, [0]), 6, 32)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **change)
     model.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     latents = randn(generators(0, 0, [0]), model.latent_shape(32), "cpu")
-    theirs = pipe(PROMPTS[:1], latents=latents, num_inference_steps=6, guidance_scale=1.0, height=32, width=32,
-                  max_sequence_length=12, output_type="pt").images
+    theirs = pipe(
+        PROMPTS[:1],
+        latents=latents,
+        num_inference_steps=6,
+        guidance_scale=1.0,
+        height=32,
+        width=32,
+        max_sequence_length=12,
+        output_type="pt",
+    ).images
     ours = model.generate(PROMPTS[:1], generators(0, 0, [0]), 6, 32)
     assert (ours - theirs).abs().max() < 1e-4 and (ours - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("FlowMatchHeunDiscreteScheduler", {}, "its scheduler is a FlowMatchHeunDiscreteScheduler"),
-    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "its scheduler is a DPMSolverMultistep"),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "has stochastic_sampling"),
-    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "do not fall from 1 to 0")])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("FlowMatchHeunDiscreteScheduler", {}, "its scheduler is a FlowMatchHeunDiscreteScheduler"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "its scheduler is a DPMSolverMultistep"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "has stochastic_sampling"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "do not fall from 1 to 0"),
+    ],
+)
 def test_a_scheduler_of_another_kind_is_refused(name, settings, message, tmp_path):
     shutil.copytree(BASE, tmp_path / "base")
     index = json.load(open(tmp_path / "base/model_index.json")) | {"scheduler": ["diffusers", name]}
@@ -292,6 +408,7 @@ def test_a_scheduler_of_another_kind_is_refused(name, settings, message, tmp_pat
 def random_peft(folder, **settings):
     """A random LoRA for the toy, made and saved by peft."""
     from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k"]} | settings
     network = get_peft_model(SD3(BASE).transformer, LoraConfig(**settings))
@@ -302,22 +419,36 @@ def random_peft(folder, **settings):
     return str(folder)
 
 
-@pytest.mark.parametrize("settings", [
-    {"exclude_modules": ["transformer_blocks.0.attn.to_q"]}, {"exclude_modules": r".*\.1\..*"},
-    {"layers_to_transform": [1, 2], "layers_pattern": ["transformer_blocks"]},
-    {"target_modules": r".*blocks\.[02]\.attn\.to_[qkv]"}, {"use_rslora": True},
-    {"rank_pattern": {"1.attn.to_q": 2, "to_k": 3}, "alpha_pattern": {r"transformer_blocks\.2\..*": 1}},
-    {"init_lora_weights": "orthogonal"}, {"lora_alpha": -8}], ids=lambda settings: next(iter(settings)))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["transformer_blocks.0.attn.to_q"]},
+        {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": [1, 2], "layers_pattern": ["transformer_blocks"]},
+        {"target_modules": r".*blocks\.[02]\.attn\.to_[qkv]"},
+        {"use_rslora": True},
+        {"rank_pattern": {"1.attn.to_q": 2, "to_k": 3}, "alpha_pattern": {r"transformer_blocks\.2\..*": 1}},
+        {"init_lora_weights": "orthogonal"},
+        {"lora_alpha": -8},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
 def test_a_lora_is_what_peft_makes_of_it(settings, tmp_path):
     """Alone, and as the only part of a merge."""
     from peft import PeftModel
+
     model = SD3(BASE)
     model.load_adapter("x", random_peft(tmp_path, **settings))
     x, t, cond = inputs(model)
     peft = PeftModel.from_pretrained(SD3(BASE).transformer, str(tmp_path))
     with torch.no_grad():
-        theirs = peft(hidden_states=x, timestep=torch.full((3,), t * 1000), encoder_hidden_states=cond[0],
-                      pooled_projections=cond[1], return_dict=False)[0]
+        theirs = peft(
+            hidden_states=x,
+            timestep=torch.full((3,), t * 1000),
+            encoder_hidden_states=cond[0],
+            pooled_projections=cond[1],
+            return_dict=False,
+        )[0]
         assert torch.allclose(model.velocity(x, t, cond, "x"), theirs, atol=1e-5)
         assert (theirs - model.velocity(x, t, cond)).abs().max() > 1e-2
         run("cold_start.py", "merge", "--teachers", f"x={tmp_path}", "--out", tmp_path / "merged")
@@ -330,15 +461,21 @@ def test_a_loras_settings_that_mean_more_than_b_a_are_refused(tmp_path):
     folder = random_peft(tmp_path / "lora")
     file = tmp_path / "lora/adapter_config.json"
     fine = json.loads(file.read_text())
-    cases = [({"init_lora_weights": kind}, f'"init_lora_weights": "{kind}" changes the base too')
-             for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")]
+    cases = [
+        ({"init_lora_weights": kind}, f'"init_lora_weights": "{kind}" changes the base too')
+        for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
+    ]
     cases += [
-        ({"target_modules": None}, "target_modules None"), ({"use_dora": True}, "it sets use_dora"),
-        ({"peft_type": "LOHA"}, "not the settings of a"), ({"lora_alpha": None}, "lora_alpha None"),
+        ({"target_modules": None}, "target_modules None"),
+        ({"use_dora": True}, "it sets use_dora"),
+        ({"peft_type": "LOHA"}, "not the settings of a"),
+        ({"lora_alpha": None}, "lora_alpha None"),
         ({"alora_invocation_tokens": [1]}, "it sets alora_invocation_tokens"),
-        ({"a_setting_of_tomorrow": 3}, "it sets a_setting_of_tomorrow"), ({"r": 8}, "in its settings 8"),
+        ({"a_setting_of_tomorrow": 3}, "it sets a_setting_of_tomorrow"),
+        ({"r": 8}, "in its settings 8"),
         ({"rank_pattern": {"to_k": 8}}, "attn.to_k has rank 4, in its settings 8"),
-        ({"target_modules": ["to_q", "to_k", "to_v"]}, "4 layers that its settings target have no weights")]
+        ({"target_modules": ["to_q", "to_k", "to_v"]}, "4 layers that its settings target have no weights"),
+    ]
     for change, message in cases:
         file.write_text(json.dumps(fine | change))
         with pytest.raises(SystemExit, match=re.escape(message)):
@@ -357,12 +494,18 @@ def test_alpha_where_files_have_it(loras, tmp_path, capsys):
     """In the header under three names, beside each layer, or nowhere: then it is the rank, and that is
     said."""
     from safetensors.torch import save_file
+
     lora, file = lora_of(loras["ocr"]), tmp_path / "x.safetensors"
     tensors = {f"transformer.{n}.lora_{k}.weight": w for n, ab in lora.items() for k, w in zip("AB", ab)}
     beside = {f"transformer.{n}.alpha": torch.tensor(3.0) for n in lora}
-    for header, extra, alpha in (({"lora_alpha": "6"}, {}, 6), ({"alpha": "6.5"}, {}, 6.5),
-                                 ({"ss_network_alpha": "2"}, {}, 2), ({}, beside, 3),
-                                 ({"ss_network_alpha": "None"}, {}, 4), ({}, {}, 4)):
+    for header, extra, alpha in (
+        ({"lora_alpha": "6"}, {}, 6),
+        ({"alpha": "6.5"}, {}, 6.5),
+        ({"ss_network_alpha": "2"}, {}, 2),
+        ({}, beside, 3),
+        ({"ss_network_alpha": "None"}, {}, 4),
+        ({}, {}, 4),
+    ):
         save_file(tensors | extra, file, header)
         found = lora_of(file)
         assert {a for *_, a in found.values()} == {alpha}
@@ -372,8 +515,10 @@ def test_alpha_where_files_have_it(loras, tmp_path, capsys):
 
 def test_layouts_of_other_programs(loras, tmp_path):
     from diffusers import FluxPipeline, FluxTransformer2DModel
-    from flow_sde import read_lora
     from safetensors.torch import save_file
+
+    from flow_sde import read_lora
+
     lora, file, down = lora_of(loras["ocr"]), tmp_path / "x.safetensors", {"A": "lora_down", "B": "lora_up"}
     onetrainer, comfy = {}, {}
     for n, (A, B, _) in lora.items():
@@ -388,18 +533,23 @@ def test_layouts_of_other_programs(loras, tmp_path):
         for n, (A, B, _) in lora.items():
             assert torch.equal(found[n][0], A) and torch.equal(found[n][1], B) and found[n][2] == alpha
     # the original network's names, with fused projections, are not what diffusers converts for SD3
-    for key in ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down",
-                "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A"):
+    for key in (
+        "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A",
+    ):
         save_file({key + ".weight": torch.zeros(4, 96)}, file)
         with pytest.raises(SystemExit, match="OneTrainer's convert_model.py"):
             lora_of(file)
-    save_file(onetrainer | {"lora_transformer_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(96)}, file)
+    save_file(
+        onetrainer | {"lora_transformer_transformer_blocks_0_attn_to_q.dora_scale": torch.ones(96)}, file
+    )
     with pytest.raises(SystemExit, match="dora_scale"):
         lora_of(file)
     # a family that it does convert: FLUX, in kohya's names with fused projections
     with torch.device("meta"):
-        network = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16,
-                                         num_attention_heads=2)
+        network = FluxTransformer2DModel(
+            num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+        )
     A, B, front = torch.randn(4, 32), torch.randn(96, 4), "lora_unet_double_blocks_0_img_attn_qkv."
     alpha = torch.tensor(2.0)
     save_file({front + "lora_down.weight": A, front + "lora_up.weight": B, front + "alpha": alpha}, file)

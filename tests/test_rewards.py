@@ -18,12 +18,40 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 import rewards
 
 FONTS = os.path.join(os.path.dirname(matplotlib.__file__), "mpl-data/fonts/ttf")
-NAMES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
-         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol")
-TEXTS = ["Grand Opening", "Fresh Bread Daily", "EXIT 24", "Room 101", "Wet Paint", "Happy Birthday", "Platform 9",
-         "Sale 50 Off", "Do Not Disturb", "Coffee to Go", "Library Hours", "Route 66", "Lost and Found",
-         "Science Fair 2024", "Speed Limit 35", "Keep Off the Grass", "Best in Show", "Follow Your Dreams",
-         "Tickets Here", "Open Late"]
+NAMES = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+)
+TEXTS = [
+    "Grand Opening",
+    "Fresh Bread Daily",
+    "EXIT 24",
+    "Room 101",
+    "Wet Paint",
+    "Happy Birthday",
+    "Platform 9",
+    "Sale 50 Off",
+    "Do Not Disturb",
+    "Coffee to Go",
+    "Library Hours",
+    "Route 66",
+    "Lost and Found",
+    "Science Fair 2024",
+    "Speed Limit 35",
+    "Keep Off the Grass",
+    "Best in Show",
+    "Follow Your Dreams",
+    "Tickets Here",
+    "Open Late",
+]
 
 
 def typeface(name, size):
@@ -49,7 +77,9 @@ def written(text, name, size, ink, paper):
 def turned(layer, angle, ink, paper):
     """What stands in the middle of a layer of 1024 pixels, turned, in ink on paper: (3, 512, 512)."""
     layer = layer.rotate(angle, Image.Resampling.BICUBIC).crop((256, 256, 768, 768))
-    return tensor(Image.composite(Image.new("RGB", (512, 512), ink), Image.new("RGB", (512, 512), paper), layer))
+    return tensor(
+        Image.composite(Image.new("RGB", (512, 512), ink), Image.new("RGB", (512, 512), paper), layer)
+    )
 
 
 def realistic(count):
@@ -64,7 +94,9 @@ def realistic(count):
         if max(map(face.getlength, lines)) > 430:
             continue
         layer = Image.new("L", (1024, 1024))
-        ImageDraw.Draw(layer).multiline_text((512, 512), "\n".join(lines), fill=255, font=face, anchor="mm", align="center")
+        ImageDraw.Draw(layer).multiline_text(
+            (512, 512), "\n".join(lines), fill=255, font=face, anchor="mm", align="center"
+        )
         paper = [draw.randint(60, 190) + draw.randint(-15, 15) for _ in "rgb"]
         contrast = draw.choice((50, 60, 80, 100)) * draw.choice((-1, 1))
         ink = [min(max(p + contrast, 0), 255) for p in paper]
@@ -78,7 +110,11 @@ def laid_out(count):
     while len(made) < count:
         words = draw.choice(TEXTS + ["only $9", "Now 50 Percent", "Big Summer Sale", "just 3 days"]).split()
         name, apart = draw.choice(NAMES), draw.random() < 0.5
-        sizes = [draw.choice((28, 36, 48))] * len(words) if apart else [draw.choice((24, 32, 40, 56, 72)) for _ in words]
+        sizes = (
+            [draw.choice((28, 36, 48))] * len(words)
+            if apart
+            else [draw.choice((24, 32, 40, 56, 72)) for _ in words]
+        )
         gap = draw.choice((50, 80, 110)) if apart else draw.choice((14, 20, 30))
         lines, x = [[]], 0
         for word, size in zip(words, sizes):
@@ -97,7 +133,9 @@ def laid_out(count):
                 place = 512 - width / 2 + x, y + height * (0.8 if anchor == "ls" else 0.5)
                 ImageDraw.Draw(layer).text(place, word, fill=255, font=face, anchor=anchor)
             y += height
-        colors = draw.choice((("navy", "white"), ("black", "lightyellow"), ("white", "darkgreen"), ("navy", "lightblue")))
+        colors = draw.choice(
+            (("navy", "white"), ("black", "lightyellow"), ("white", "darkgreen"), ("navy", "lightblue"))
+        )
         made.append((turned(layer, draw.choice((0, 0, 4, -4, 8, -8, 12, -12)), *colors), " ".join(words)))
     return made
 
@@ -111,7 +149,7 @@ def test_ocr_reads_drawn_text():
     scores = rewards.ocr(torch.stack(images), [f'A sign that says "{text}"' for text, _ in jobs])
     print("mean", scores.mean().item(), "exact", (scores == 1).float().mean().item())
     assert scores.mean() >= 0.97 and scores.dtype == torch.float32 and scores.shape == (200,)
-    assert rewards.ocr(torch.ones(2, 3, 512, 512), ['a "word"', 'a “Word”']).tolist() == [0, 0]
+    assert rewards.ocr(torch.ones(2, 3, 512, 512), ['a "word"', "a “Word”"]).tolist() == [0, 0]
     wrong = rewards.ocr(images[0][None], ['A sign that says "Zulu Quiz"'])
     assert wrong.item() < 0.5
 
@@ -132,12 +170,21 @@ def box(x, y, width, height, degrees=0):
 
 
 @pytest.mark.parametrize("degrees", [0, 4, -4, 15, -15, 40])
-@pytest.mark.parametrize("pieces", [
-    [(100, 50, 80, 30), (300, 50, 80, 30)],                                        # far apart
-    [(100, 70, 60, 20), (180, 50, 80, 70)],                                        # only $9: small, then large
-    [(100, 50, 100, 60), (200, 35, 60, 20), (200, 66, 60, 20)],                    # SALE, and 50% over off beside it
-    [(150, 50, 200, 30), (90, 82, 80, 30), (220, 84, 60, 28), (150, 120, 90, 30)],  # three lines, the middle one of two
-    [(300, 50, 40, 30), (100, 90, 300, 30)]])                                      # a second line that begins further left
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(100, 50, 80, 30), (300, 50, 80, 30)],  # far apart
+        [(100, 70, 60, 20), (180, 50, 80, 70)],  # only $9: small, then large
+        [(100, 50, 100, 60), (200, 35, 60, 20), (200, 66, 60, 20)],  # SALE, and 50% over off beside it
+        [
+            (150, 50, 200, 30),
+            (90, 82, 80, 30),
+            (220, 84, 60, 28),
+            (150, 120, 90, 30),
+        ],  # three lines, the middle one of two
+        [(300, 50, 40, 30), (100, 90, 300, 30)],
+    ],
+)  # a second line that begins further left
 def test_reading_order(pieces, degrees):
     boxes = np.array([box(*piece, degrees) for piece in pieces])
     assert rewards.reading_order(boxes) == list(range(len(pieces)))
@@ -151,17 +198,37 @@ def test_reading_order_where_short_boxes_do_not_show_the_slope():
     assert rewards.reading_order(boxes) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("read, prompt, score", [
-    ("Hello", 'a "Hello"', 1), ("hEL lo", 'a "H e l l o"', 1), ("xxhelloyy", 'a "hello"', 1),  # case, spaces, substring
-    ("", 'a "hello"', 0), ("hallo", 'a "hello"', 0.8), ("zzzzzzzzzzz", 'a "hello"', 0),        # distance, at most the length
-    ("first", 'a "first" and "second"', 1), ("second", 'a "first" and "second"', 0),          # the first quoted text
-    ("caf\u00e9", "a \u201cCaf\u00e9\u201d", 1), ("helo", 'a "hello"', 0.8), ("hellllo", 'a "hello"', 0.6),
-    ("Hello", 'A \u201cvintage\u201d sign that says "Hello"', 1), ("vintage", 'A \u201cvintage\u201d sign: "Hello"', 0),  # straight ones first
-    ("vintage", 'A "vintage" sign that says \u201cHello\u201d', 1), ("Hallo", "ein Schild: \u201eHallo\u201c", 1),
-    ("salut", "une \u00absalut\u00bb", 1), ("caf\u00e9", 'a "cafe\u0301"', 1), ("cafe\u0301", 'a "caf\u00e9"', 1),             # accents composed or not
-    ("it's", 'a "it\u2019s"', 1), ("it\u2019s", 'a "it\'s"', 1), ("9\u20135", 'a "9-5"', 1), ("9-5", 'a "9\u20145"', 1),
-    ("wait...", 'a "wait\u2026"', 1), ("wait\u2026", 'a "wait..."', 1), ("\uff33\uff21\uff2c\uff25", 'a "Sale"', 1),
-    ('say "hi"', "a \u201csay \u2018hi\u2019\u201d", 1 - 2 / 7)])
+@pytest.mark.parametrize(
+    "read, prompt, score",
+    [
+        ("Hello", 'a "Hello"', 1),
+        ("hEL lo", 'a "H e l l o"', 1),
+        ("xxhelloyy", 'a "hello"', 1),  # case, spaces, substring
+        ("", 'a "hello"', 0),
+        ("hallo", 'a "hello"', 0.8),
+        ("zzzzzzzzzzz", 'a "hello"', 0),  # distance, at most the length
+        ("first", 'a "first" and "second"', 1),
+        ("second", 'a "first" and "second"', 0),  # the first quoted text
+        ("caf\u00e9", "a \u201cCaf\u00e9\u201d", 1),
+        ("helo", 'a "hello"', 0.8),
+        ("hellllo", 'a "hello"', 0.6),
+        ("Hello", 'A \u201cvintage\u201d sign that says "Hello"', 1),
+        ("vintage", 'A \u201cvintage\u201d sign: "Hello"', 0),  # straight ones first
+        ("vintage", 'A "vintage" sign that says \u201cHello\u201d', 1),
+        ("Hallo", "ein Schild: \u201eHallo\u201c", 1),
+        ("salut", "une \u00absalut\u00bb", 1),
+        ("caf\u00e9", 'a "cafe\u0301"', 1),
+        ("cafe\u0301", 'a "caf\u00e9"', 1),  # accents composed or not
+        ("it's", 'a "it\u2019s"', 1),
+        ("it\u2019s", 'a "it\'s"', 1),
+        ("9\u20135", 'a "9-5"', 1),
+        ("9-5", 'a "9\u20145"', 1),
+        ("wait...", 'a "wait\u2026"', 1),
+        ("wait\u2026", 'a "wait..."', 1),
+        ("\uff33\uff21\uff2c\uff25", 'a "Sale"', 1),
+        ('say "hi"', "a \u201csay \u2018hi\u2019\u201d", 1 - 2 / 7),
+    ],
+)
 def test_text_score_at_every_edge(read, prompt, score):
     assert rewards.text_score(read, prompt) == pytest.approx(score)
 
@@ -179,24 +246,34 @@ def test_a_prompt_without_text_is_refused(prompt):
         rewards.text_score("x", prompt)
 
 
-@pytest.mark.parametrize("text, letter", [("Привет", "п"), ("สวัสดี", "ส"), ("مرحبا", "م"), ("안녕", "안"), ("नमस्ते", "न")])
+@pytest.mark.parametrize(
+    "text, letter", [("Привет", "п"), ("สวัสดี", "ส"), ("مرحبا", "م"), ("안녕", "안"), ("नमस्ते", "न")]
+)
 def test_a_script_that_the_recogniser_cannot_write_is_refused(text, letter):
     rewards.check_ocr({"prompt": 'a sign: "Café Łódź ΩΣ Straße 日本 50% ♥"'})
-    with pytest.raises(SystemExit, match=f"--prompts signs: ocr cannot read the '{letter}' of .*ocr.language=cyrillic"):
-        rewards.check_rewards(rewards.parse_rewards(["ocr"]), {"signs": [{"prompt": f'a sign: "{text}"'}]}, 64)
+    with pytest.raises(
+        SystemExit, match=f"--prompts signs: ocr cannot read the '{letter}' of .*ocr.language=cyrillic"
+    ):
+        rewards.check_rewards(
+            rewards.parse_rewards(["ocr"]), {"signs": [{"prompt": f'a sign: "{text}"'}]}, 64
+        )
 
 
 def test_other_recognisers(monkeypatch):
     """ocr.language asks RapidOCR for the recogniser of that script, which it downloads; what it cannot have gets one line."""
     import rapidocr.utils.download_file
+
     asked = []
 
     def offline(request):
         asked.append(request.file_url)
         raise rapidocr.utils.download_file.DownloadFileException("no network")
+
     monkeypatch.setattr(rapidocr.utils.download_file.DownloadFile, "run", offline)
     check = {"signs": [{"prompt": 'a "Привет"'}]}
-    with pytest.raises(SystemExit, match="--reward ocr: RapidOCR for cyrillic could not be loaded .no network"):
+    with pytest.raises(
+        SystemExit, match="--reward ocr: RapidOCR for cyrillic could not be loaded .no network"
+    ):
         rewards.check_rewards(rewards.parse_rewards(["ocr"], ["ocr.language=cyrillic"]), check, 64)
     assert [url.rpartition("/")[2] for url in asked] == ["cyrillic_PP-OCRv5_rec_mobile.onnx"]
     with pytest.raises(SystemExit, match="--reward ocr: RapidOCR for klingon could not be loaded"):
@@ -214,15 +291,33 @@ def corner(file):
 
 def test_pictures_of_every_kind(tmp_path):
     """Transparency lies over white, EXIF turns, 16 bits become 8; palettes, grey and CMYK are themselves."""
+
     def saved(picture, name, **options):
         picture.save(tmp_path / name, **options)
         return tmp_path / name
+
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half.paste((255, 0, 0, 255), (0, 0, 2, 4))
     for name in ("a.png", "a.webp", "a.tiff", "a.avif"):
-        read = rewards.read_picture(saved(half, name, **({} if name == "a.png" or name == "a.tiff" else {"lossless": True} if name == "a.webp" else {"quality": 100, "subsampling": "4:4:4"})))
-        assert read[:, 0, 0].tolist() == pytest.approx(RED, abs=0.02) and read[:, 0, 3].tolist() == pytest.approx([1, 1, 1], abs=0.02)
-    assert corner(saved(Image.new("RGBA", (2, 2), (255, 0, 0, 51)), "faint.png")) == pytest.approx([1, 0.8, 0.8])
+        read = rewards.read_picture(
+            saved(
+                half,
+                name,
+                **(
+                    {}
+                    if name == "a.png" or name == "a.tiff"
+                    else {"lossless": True}
+                    if name == "a.webp"
+                    else {"quality": 100, "subsampling": "4:4:4"}
+                ),
+            )
+        )
+        assert read[:, 0, 0].tolist() == pytest.approx(RED, abs=0.02) and read[
+            :, 0, 3
+        ].tolist() == pytest.approx([1, 1, 1], abs=0.02)
+    assert corner(saved(Image.new("RGBA", (2, 2), (255, 0, 0, 51)), "faint.png")) == pytest.approx(
+        [1, 0.8, 0.8]
+    )
     assert corner(saved(Image.new("LA", (2, 2), (0, 51)), "la.png")) == pytest.approx([0.8] * 3)
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
@@ -230,13 +325,17 @@ def test_pictures_of_every_kind(tmp_path):
     assert corner(saved(palette, "clear.png", transparency=1)) == [1, 1, 1]
     assert corner(saved(Image.new("L", (2, 2), 51), "l.bmp")) == pytest.approx([0.2] * 3)
     assert corner(saved(Image.new("1", (2, 2), 1), "one.png")) == [1, 1, 1]
-    assert corner(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg", quality=100)) == pytest.approx(RED, abs=0.02)
+    assert corner(
+        saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg", quality=100)
+    ) == pytest.approx(RED, abs=0.02)
     wide = Image.fromarray(np.array([[0, 13107], [52428, 65535]], np.uint16))
     for name in ("wide.png", "wide.tiff"):
-        assert rewards.read_picture(saved(wide, name))[1].flatten().tolist() == pytest.approx([0, 0.2, 0.8, 1])
+        assert rewards.read_picture(saved(wide, name))[1].flatten().tolist() == pytest.approx(
+            [0, 0.2, 0.8, 1]
+        )
     exif, lying = Image.Exif(), Image.new("RGB", (4, 2), "blue")
-    exif[0x0112] = 6                                                              # to be turned by 90 degrees clockwise
-    lying.putpixel((0, 1), (255, 0, 0))                                           # the lower left corner becomes the upper left
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    lying.putpixel((0, 1), (255, 0, 0))  # the lower left corner becomes the upper left
     read = rewards.read_picture(saved(lying, "turned.png", exif=exif))
     assert read.shape == (3, 4, 2) and read[:, 0, 0].tolist() == RED
 
@@ -250,15 +349,20 @@ def bad_pictures(folder):
     whole = folder / "whole.png"
     Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
     text = PngImagePlugin.PngInfo()
-    text.add_text("prompt", "x" * 2 ** 21, zip=True)
+    text.add_text("prompt", "x" * 2**21, zip=True)
     Image.new("RGB", (4, 4)).save(folder / "chatty.png", pnginfo=text)
     (folder / "cut.png").write_bytes(whole.read_bytes()[:2000])
     (folder / "page.png").write_text("<html>404</html>")
     (folder / "empty.png").write_bytes(b"")
-    huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 1, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(100)))
+    huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 1, 0, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(bytes(100))
+    )
     (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + huge + chunk(b"IEND", b""))
     Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "float.tiff")
-    return {name: folder / name for name in ("chatty.png", "cut.png", "page.png", "empty.png", "huge.png", "float.tiff")}
+    return {
+        name: folder / name
+        for name in ("chatty.png", "cut.png", "page.png", "empty.png", "huge.png", "float.tiff")
+    }
 
 
 def test_bad_pictures_are_named(tmp_path):
@@ -298,6 +402,7 @@ def mine():
             f.write(MINE.replace("RETURNED", returned).replace("FIRST", first))
         importlib.invalidate_caches()
         return name
+
     yield write
     for file in made:
         os.remove(file)
@@ -307,14 +412,44 @@ def test_the_list_has_ones_own_rewards(mine, capsys):
     name = mine("[1.0] * len(images)", "1 / 0  # to list it is not to run it")
     run("rewards.py")
     said = capsys.readouterr().out
-    assert f"\n{name}.smile\n    How many people smile; in [0, 1].\n" in said and "helper" not in said and "unlike" not in said
-    assert list(rewards.REWARDS) == ["jpeg", "ocr", "pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward", "blipvqa", "geneval", "geneval_strict",
-                                     "deqa", "qwenvl", "unifiedreward"]
-    assert "\nocr\n    Text rendering." in said and "\ntoy.quality\n    Contrast" in said and "served" not in said
+    assert (
+        f"\n{name}.smile\n    How many people smile; in [0, 1].\n" in said
+        and "helper" not in said
+        and "unlike" not in said
+    )
+    assert list(rewards.REWARDS) == [
+        "jpeg",
+        "ocr",
+        "pickscore",
+        "clipscore",
+        "aesthetic",
+        "hpsv2",
+        "imagereward",
+        "blipvqa",
+        "geneval",
+        "geneval_strict",
+        "deqa",
+        "qwenvl",
+        "unifiedreward",
+    ]
+    assert (
+        "\nocr\n    Text rendering." in said
+        and "\ntoy.quality\n    Contrast" in said
+        and "served" not in said
+    )
 
 
-@pytest.mark.parametrize("returned", ["[0.25, 0.5]", "(0.25, 0.5)", "np.array([0.25, 0.5])", "np.array([[0.25], [0.5]])",
-                                      "torch.tensor([[0.25], [0.5]], requires_grad=True)", "torch.tensor([0.25, 0.5]).half()"])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "[0.25, 0.5]",
+        "(0.25, 0.5)",
+        "np.array([0.25, 0.5])",
+        "np.array([[0.25], [0.5]])",
+        "torch.tensor([[0.25], [0.5]], requires_grad=True)",
+        "torch.tensor([0.25, 0.5]).half()",
+    ],
+)
 def test_what_a_reward_may_return(mine, returned):
     chosen = rewards.parse_rewards([f"{mine(returned)}.smile"])
     [scores] = rewards.score_batch(torch.zeros(2, 3, 4, 4), [("t", {"prompt": "p"})] * 2, chosen, []).values()
@@ -323,11 +458,18 @@ def test_what_a_reward_may_return(mine, returned):
 
 def test_options_of_ones_own_rewards(mine):
     """Each is of its default's type."""
-    name = mine("[share] * 2", "def grin(images, prompts, metadata, often=False, file=None, n=3):\n    return [often, file == 'x']")
+    name = mine(
+        "[share] * 2",
+        "def grin(images, prompts, metadata, often=False, file=None, n=3):\n    return [often, file == 'x']",
+    )
+
     def of(*options):
         [reward] = rewards.parse_rewards([f"{name}.grin"], [f"{name}.grin.{o}" for o in options]).values()
         return reward.function.keywords
-    assert of("often=True", "file=x", "n=4") == {"often": True, "file": "x", "n": 4} and of("often=False") == {"often": False}
+
+    assert of("often=True", "file=x", "n=4") == {"often": True, "file": "x", "n": 4} and of(
+        "often=False"
+    ) == {"often": False}
     for option in ("often=yes", "n=2.5", "m=1"):
         with pytest.raises(SystemExit, match=f"--reward-option {name}.grin.{option[0]}"):
             of(option)
@@ -336,7 +478,9 @@ def test_options_of_ones_own_rewards(mine):
 @pytest.mark.parametrize("returned", ["None", "[0.25]", "np.ones((2, 2))", "[None, 1.0]", "'high'", "0.5"])
 def test_what_a_reward_may_not_return(mine, returned):
     chosen = rewards.parse_rewards([f"{mine(returned)}.smile"])
-    with pytest.raises(rewards.RewardError, match="smile: the reward returned .* for 2 pictures, not a number each"):
+    with pytest.raises(
+        rewards.RewardError, match="smile: the reward returned .* for 2 pictures, not a number each"
+    ):
         rewards.score_batch(torch.zeros(2, 3, 4, 4), [("t", {"prompt": "p"})] * 2, chosen, [])
 
 
@@ -345,7 +489,10 @@ def test_a_mix_leaves_out_who_has_no_score():
     chosen = rewards.parse_rewards(["geneval=0.8", "ocr", "jpeg=0.2"])
     batch = [("geneval", {}), ("geneval", {}), ("ocr", {}), ("geneval", {})]
     nan = float("nan")
-    scores = {"geneval": torch.tensor([1.0, 0.5, nan, nan]), "ocr": torch.tensor([nan, nan, 0.5, nan]),
-              "jpeg": torch.tensor([0.0, nan, 1.0, 0.5])}
+    scores = {
+        "geneval": torch.tensor([1.0, 0.5, nan, nan]),
+        "ocr": torch.tensor([nan, nan, 0.5, nan]),
+        "jpeg": torch.tensor([0.0, nan, 1.0, 0.5]),
+    }
     mixed = rewards.weighted_sum(scores, chosen, batch, ["geneval", "ocr"])
     assert mixed[[0, 2]].tolist() == pytest.approx([0.8, (0.5 + 0.2) / 1.2]) and mixed[[1, 3]].isnan().all()

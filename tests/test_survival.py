@@ -23,15 +23,45 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 def command(loras, out, *extra, processes=1):
     """A long run of quick updates that saves after each of them."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    flags = ["--teachers", *[f"{t}={loras[t]}" for t in TASKS], "--init", loras["student"], "--anchor", "base", "--batch-size", 3, "--num-steps", 3,
-             "--micro-batch-size", 3, "--save-every", 1, "--eval-every", 1000, "--eval-num-steps", 1,
-             "--eval-prompts", *few("test", 2, os.path.dirname(out)), "--resume", "auto", "--out", out, *extra]
+    launch = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else [sys.executable]
+    )
+    flags = [
+        "--teachers",
+        *[f"{t}={loras[t]}" for t in TASKS],
+        "--init",
+        loras["student"],
+        "--anchor",
+        "base",
+        "--batch-size",
+        3,
+        "--num-steps",
+        3,
+        "--micro-batch-size",
+        3,
+        "--save-every",
+        1,
+        "--eval-every",
+        1000,
+        "--eval-num-steps",
+        1,
+        "--eval-prompts",
+        *few("test", 2, os.path.dirname(out)),
+        "--resume",
+        "auto",
+        "--out",
+        out,
+        *extra,
+    ]
     return [*launch, "distill.py", *map(str, flags)]
 
 
 def start(argv):
-    return subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def last_checkpoint(out):
@@ -56,14 +86,28 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_been(loras, tmp_path):
         assert process.poll() is None, "it ended before it could be killed"
         process.kill(), process.communicate()
     for folder in (out, tmp_path / "whole"):
-        assert subprocess.run(command(loras, folder, "--steps", 60), cwd=ROOT, env=ENV, capture_output=True).returncode == 0
-    a, b = (torch.load(os.path.join(d, "checkpoints/000060/state.pt"), weights_only=True) for d in (out, tmp_path / "whole"))
-    assert all(torch.equal(a["weights"][name][k], b["weights"][name][k]) for name in a["weights"] for k in a["weights"][name])
+        assert (
+            subprocess.run(
+                command(loras, folder, "--steps", 60), cwd=ROOT, env=ENV, capture_output=True
+            ).returncode
+            == 0
+        )
+    a, b = (
+        torch.load(os.path.join(d, "checkpoints/000060/state.pt"), weights_only=True)
+        for d in (out, tmp_path / "whole")
+    )
+    assert all(
+        torch.equal(a["weights"][name][k], b["weights"][name][k])
+        for name in a["weights"]
+        for k in a["weights"][name]
+    )
     a, b = (load_file(os.path.join(d, "lora/adapter_model.safetensors")) for d in (out, tmp_path / "whole"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     strip = lambda log: [{k: v for k, v in row.items() if k != "seconds"} for row in log]
     assert strip(read_log(out)) == strip(read_log(tmp_path / "whole"))
-    assert json.load(open(os.path.join(out, "results.json"))) == json.load(open(tmp_path / "whole/results.json"))
+    assert json.load(open(os.path.join(out, "results.json"))) == json.load(
+        open(tmp_path / "whole/results.json")
+    )
 
 
 def test_preempted_processes_save_and_go_on(loras, tmp_path):
@@ -78,7 +122,9 @@ def test_preempted_processes_save_and_go_on(loras, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - began < 25  # torchrun kills what is left after 30 seconds
     done = last_checkpoint(out)
-    assert done == read_log(out)[-1]["step"] >= 3 and os.path.exists(tmp_path / "run/lora/adapter_model.safetensors")
+    assert done == read_log(out)[-1]["step"] >= 3 and os.path.exists(
+        tmp_path / "run/lora/adapter_model.safetensors"
+    )
     argv[argv.index("5000")] = str(done + 2)
     assert subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True).returncode == 0
     assert [row["step"] for row in read_log(out)] == list(range(1, done + 3))
@@ -92,7 +138,9 @@ def test_a_process_that_dies_takes_the_job_down_with_a_message(loras, tmp_path):
     began = time.monotonic()
     errors = process.communicate(timeout=90)[1]
     assert time.monotonic() - began < 60 and process.returncode != 0
-    said = "could not reach the others of this job, so it ends too: .* What was saved before is whole, --resume"
+    said = (
+        "could not reach the others of this job, so it ends too: .* What was saved before is whole, --resume"
+    )
     assert re.search(f"process [01] {said}", errors), errors[-3000:]
 
 
@@ -106,15 +154,30 @@ def parent(pid):
 def test_a_full_disk_leaves_the_last_checkpoint(loras, tmp_path):
     """Files may not grow beyond what a checkpoint needs: the write fails as it does on a full disk."""
     out = str(tmp_path / "run")
-    assert subprocess.run(command(loras, out, "--steps", 2), cwd=ROOT, env=ENV, capture_output=True).returncode == 0
-    before = {f: open(os.path.join(out, f), "rb").read() for f in ("checkpoints/000002/state.pt", "lora/adapter_model.safetensors")}
+    assert (
+        subprocess.run(command(loras, out, "--steps", 2), cwd=ROOT, env=ENV, capture_output=True).returncode
+        == 0
+    )
+    before = {
+        f: open(os.path.join(out, f), "rb").read()
+        for f in ("checkpoints/000002/state.pt", "lora/adapter_model.safetensors")
+    }
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    answer = subprocess.run(command(loras, out, "--steps", 4), cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit)
+    answer = subprocess.run(
+        command(loras, out, "--steps", 4), cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit
+    )
     lines = [line for line in answer.stderr.splitlines() if "distill.py: " in line]
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr[-3000:]
     assert "could not be written; what was saved before is whole" in lines[0]
-    assert all(open(os.path.join(out, f), "rb").read() == data for f, data in before.items()) and last_checkpoint(out) == 2
-    assert subprocess.run(command(loras, out, "--steps", 4), cwd=ROOT, env=ENV, capture_output=True).returncode == 0 and last_checkpoint(out) == 4
+    assert (
+        all(open(os.path.join(out, f), "rb").read() == data for f, data in before.items())
+        and last_checkpoint(out) == 2
+    )
+    assert (
+        subprocess.run(command(loras, out, "--steps", 4), cwd=ROOT, env=ENV, capture_output=True).returncode
+        == 0
+        and last_checkpoint(out) == 4
+    )
 
 
 def test_another_run_is_not_resumed(loras, tmp_path):
@@ -122,17 +185,37 @@ def test_another_run_is_not_resumed(loras, tmp_path):
     places and other habits of saving: the same run."""
     base = tmp_path / "base"
     shutil.copytree(os.path.join(ROOT, "toy/base"), base)
-    flags = dict(model=str(base), init="none", rank=4, save_every=1, steps=1, resolution=32, guidance=1, dtype="float32",
-                 prompts=few("train", 5, str(tmp_path)))
+    flags = dict(
+        model=str(base),
+        init="none",
+        rank=4,
+        save_every=1,
+        steps=1,
+        resolution=32,
+        guidance=1,
+        dtype="float32",
+        prompts=few("train", 5, str(tmp_path)),
+    )
     distill(loras, str(tmp_path / "run"), **flags)
-    distill(loras, str(tmp_path / "run"), resume="auto", **flags | dict(steps=2, keep=5, save_every=7, micro_batch_size=2, gradient_checkpointing=[]))
+    distill(
+        loras,
+        str(tmp_path / "run"),
+        resume="auto",
+        **flags | dict(steps=2, keep=5, save_every=7, micro_batch_size=2, gradient_checkpointing=[]),
+    )
     other = tmp_path / "other"
     other.mkdir()
     prompts = flags["prompts"][:2] + few("val", 5, str(other))[2:]
-    for change, message in ((dict(rank=8), "rank was 4, now 8"), (dict(schedule="alternate"), "schedule was 'mixed', now 'alternate'"),
-                            (dict(prompts=prompts), "prompts scene was '[0-9a-f]+', now '[0-9a-f]+'"),
-                            (dict(batch_size=3), "batch-size x processes was 6, now 3"),
-                            (dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2]), "teacher scene was '[0-9a-f]+', now None")):
+    for change, message in (
+        (dict(rank=8), "rank was 4, now 8"),
+        (dict(schedule="alternate"), "schedule was 'mixed', now 'alternate'"),
+        (dict(prompts=prompts), "prompts scene was '[0-9a-f]+', now '[0-9a-f]+'"),
+        (dict(batch_size=3), "batch-size x processes was 6, now 3"),
+        (
+            dict(teachers=[f"{t}={loras[t]}" for t in TASKS[:2]], prompts=flags["prompts"][:2]),
+            "teacher scene was '[0-9a-f]+', now None",
+        ),
+    ):
         with pytest.raises(SystemExit, match=f"another run: .*{message}"):
             distill(loras, str(tmp_path / "run"), resume="auto", **flags | change)
     config = json.load(open(base / "scheduler/scheduler_config.json"))
@@ -173,21 +256,59 @@ finally:
 def test_memory_hardly_grows_with_the_number_of_teachers(tmp_path):
     """A transformer of 112 M parameters and LoRAs of rank 32: four teachers and an anchor against one teacher."""
     base = hub_pipeline(tmp_path / "base", heads=16, head_dim=64, layers=3, dtype=torch.float32)
-    assert sum(t.numel() for t in load_file(os.path.join(base, "transformer/diffusion_pytorch_model.safetensors")).values()) > 100e6
+    assert (
+        sum(
+            t.numel()
+            for t in load_file(os.path.join(base, "transformer/diffusion_pytorch_model.safetensors")).values()
+        )
+        > 100e6
+    )
     lora = hub_teacher(base, tmp_path / "lora", 1)  # under five names it takes the memory of five
     (tmp_path / "prompts.txt").write_text("a cup\n")
     peaks = {}
     for count in (1, 4):
         tasks = [f"t{i}" for i in range(count)]
-        argv = ["--model", base, "--teachers", *[f"{t}={lora}" for t in tasks],
-                "--prompts", *[f"{t}={tmp_path}/prompts.txt" for t in tasks],
-                "--anchor", lora if count > 1 else "none", "--dtype", "float32", "--resolution", "64", "--num-steps", "2", "--batch-size", "4",
-                "--micro-batch-size", "1", "--steps", "1", "--eval-num-steps", "1", "--eval-batch-size", "1", "--out", str(tmp_path / f"out{count}")]
-        answer = subprocess.run([sys.executable, "-c", WATCH, "distill.py", *argv], cwd=ROOT, capture_output=True, text=True,
-                                env=os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"})
+        argv = [
+            "--model",
+            base,
+            "--teachers",
+            *[f"{t}={lora}" for t in tasks],
+            "--prompts",
+            *[f"{t}={tmp_path}/prompts.txt" for t in tasks],
+            "--anchor",
+            lora if count > 1 else "none",
+            "--dtype",
+            "float32",
+            "--resolution",
+            "64",
+            "--num-steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--micro-batch-size",
+            "1",
+            "--steps",
+            "1",
+            "--eval-num-steps",
+            "1",
+            "--eval-batch-size",
+            "1",
+            "--out",
+            str(tmp_path / f"out{count}"),
+        ]
+        answer = subprocess.run(
+            [sys.executable, "-c", WATCH, "distill.py", *argv],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ
+            | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
+        )
         assert answer.returncode == 0, answer.stderr[-3000:]
         peaks[count] = int(re.search(r"peak kB (\d+)", answer.stdout)[1]) / 1e6
-    print(f"peak GB: one teacher {peaks[1]:.2f}, four and an anchor {peaks[4]:.2f}, ratio {peaks[4] / peaks[1]:.3f}")
+    print(
+        f"peak GB: one teacher {peaks[1]:.2f}, four and an anchor {peaks[4]:.2f}, ratio {peaks[4] / peaks[1]:.3f}"
+    )
     assert peaks[4] < 1.10 * peaks[1]
 
 
@@ -203,13 +324,24 @@ def test_a_folder_belongs_to_one_run(loras, tmp_path):
     """While another process lives; then, until it is given up by name."""
     out = tmp_path / "run"
     out.mkdir()
-    hold = ("import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
-            "print('held', flush=True); input()")
-    process = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock")], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    hold = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(out / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
-    for script, *argv in (["distill.py"], ["cold_start.py", "merge"], ["sample.py"], ["evaluate.py"],
-                          ["train_teacher.py", "--resume", "auto"]):
+    for script, *argv in (
+        ["distill.py"],
+        ["cold_start.py", "merge"],
+        ["sample.py"],
+        ["evaluate.py"],
+        ["train_teacher.py", "--resume", "auto"],
+    ):
         assert "another process is at work there" in refused(script, *argv, "--out", out)
     process.kill(), process.communicate()  # the lock falls with it
 
@@ -239,7 +371,9 @@ def test_a_run_from_the_lora_in_its_own_folder_can_be_resumed(loras, tmp_path):
     distill(loras, str(tmp_path / "cut"), steps=1, **flags)
     run = distill(loras, str(tmp_path / "cut"), steps=2, resume="auto", **flags)
     whole = distill(loras, str(tmp_path / "whole"), steps=2, init=loras["student"])
-    assert same(state_of(tmp_path / "cut/checkpoints/000002"), state_of(tmp_path / "whole/checkpoints/000002"))
+    assert same(
+        state_of(tmp_path / "cut/checkpoints/000002"), state_of(tmp_path / "whole/checkpoints/000002")
+    )
     for a, b in zip(run["model"].weights("start").values(), whole["model"].weights("start").values()):
         assert torch.equal(a, b)
 
@@ -247,7 +381,7 @@ def test_a_run_from_the_lora_in_its_own_folder_can_be_resumed(loras, tmp_path):
 def test_a_checkpoint_that_is_not_whole_gives_way_to_the_one_before(loras, tmp_path, capsys):
     for steps in (2, 3):
         distill(loras, str(tmp_path / str(steps)), steps=steps, save_every=1, keep=3)
-    for damage in (lambda data: data[:len(data) // 2], lambda data: b""):
+    for damage in (lambda data: data[: len(data) // 2], lambda data: b""):
         out = shutil.copytree(tmp_path / "2", tmp_path / "damaged", dirs_exist_ok=True)
         file = out / "checkpoints/000002/state.pt"
         file.write_bytes(damage(file.read_bytes()))

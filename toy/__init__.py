@@ -25,27 +25,63 @@ import torch
 import torch.nn.functional as F
 
 SIZE = 32
-COLORS = {"red": (0.86, 0.14, 0.14), "green": (0.12, 0.62, 0.20), "blue": (0.14, 0.28, 0.86), "yellow": (0.96, 0.80, 0.10)}
+COLORS = {
+    "red": (0.86, 0.14, 0.14),
+    "green": (0.12, 0.62, 0.20),
+    "blue": (0.14, 0.28, 0.86),
+    "yellow": (0.96, 0.80, 0.10),
+}
 PAPER = (0.93, 0.93, 0.93)
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
-BOARDS = {"white": (0.97, 0.97, 0.97), "yellow": (0.98, 0.88, 0.35), "pink": (0.98, 0.70, 0.78), "green": (0.62, 0.90, 0.62)}
-GLYPHS = {  # 3x5 bitmaps, drawn twice as large
-    "A": ".#. #.# ### #.# #.#", "C": "### #.. #.. #.. ###", "H": "#.# #.# ### #.# #.#", "L": "#.. #.. #.. #.. ###",
-    "O": "### #.# #.# #.# ###", "T": "### .#. .#. .#. .#.", "X": "#.# #.# .#. #.# #.#", "Z": "### ..# .#. #.. ###",
+BOARDS = {
+    "white": (0.97, 0.97, 0.97),
+    "yellow": (0.98, 0.88, 0.35),
+    "pink": (0.98, 0.70, 0.78),
+    "green": (0.62, 0.90, 0.62),
 }
-GLYPHS = {c: np.kron(np.array([[p == "#" for p in row] for row in g.split()]), np.ones((2, 2))) > 0 for c, g in GLYPHS.items()}
-WALLS = {"red": (0.80, 0.22, 0.18), "blue": (0.25, 0.40, 0.80), "white": (0.95, 0.95, 0.92), "brown": (0.55, 0.36, 0.20),
-         "purple": (0.55, 0.30, 0.65), "green": (0.25, 0.60, 0.40)}
+GLYPHS = {  # 3x5 bitmaps, drawn twice as large
+    "A": ".#. #.# ### #.# #.#",
+    "C": "### #.. #.. #.. ###",
+    "H": "#.# #.# ### #.# #.#",
+    "L": "#.. #.. #.. #.. ###",
+    "O": "### #.# #.# #.# ###",
+    "T": "### .#. .#. .#. .#.",
+    "X": "#.# #.# .#. #.# #.#",
+    "Z": "### ..# .#. #.. ###",
+}
+GLYPHS = {
+    c: np.kron(np.array([[p == "#" for p in row] for row in g.split()]), np.ones((2, 2))) > 0
+    for c, g in GLYPHS.items()
+}
+WALLS = {
+    "red": (0.80, 0.22, 0.18),
+    "blue": (0.25, 0.40, 0.80),
+    "white": (0.95, 0.95, 0.92),
+    "brown": (0.55, 0.36, 0.20),
+    "purple": (0.55, 0.30, 0.65),
+    "green": (0.25, 0.60, 0.40),
+}
 TREES = ("pine", "oak", "palm")
-GROUNDS = {"grass": (0.36, 0.66, 0.26), "sand": (0.90, 0.80, 0.52), "snow": (0.93, 0.95, 0.98), "mud": (0.42, 0.30, 0.22)}
-SKIES = {"dawn": (0.96, 0.76, 0.78), "noon": (0.52, 0.78, 0.97), "dusk": (0.62, 0.42, 0.62), "night": (0.08, 0.10, 0.26)}
+GROUNDS = {
+    "grass": (0.36, 0.66, 0.26),
+    "sand": (0.90, 0.80, 0.52),
+    "snow": (0.93, 0.95, 0.98),
+    "mud": (0.42, 0.30, 0.22),
+}
+SKIES = {
+    "dawn": (0.96, 0.76, 0.78),
+    "noon": (0.52, 0.78, 0.97),
+    "dusk": (0.62, 0.42, 0.62),
+    "night": (0.08, 0.10, 0.26),
+}
 SUN, BALLOON, FLOWER = (1.00, 0.90, 0.30), (0.92, 0.08, 0.38), (1.00, 0.35, 0.85)
 Y, X = np.mgrid[:SIZE, :SIZE]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts
+
 
 def phrase(n, color, shape):
     return f"{n} {color} {shape}{'s' if n != 'one' else ''}"
@@ -56,8 +92,17 @@ def all_prompts(task):
     if task == "compose":
         kinds = list(itertools.product(COLORS, SHAPES))
         singles = [phrase(n, *k) for n in NUMBERS for k in kinds]
-        counts = [("one", "one"), ("one", "two"), ("two", "one"), ("two", "two"), ("one", "three"), ("three", "one")]
-        return singles + [f"{phrase(m, *a)} and {phrase(n, *b)}" for m, n in counts for a in kinds for b in kinds if a != b]
+        counts = [
+            ("one", "one"),
+            ("one", "two"),
+            ("two", "one"),
+            ("two", "two"),
+            ("one", "three"),
+            ("three", "one"),
+        ]
+        return singles + [
+            f"{phrase(m, *a)} and {phrase(n, *b)}" for m, n in counts for a in kinds for b in kinds if a != b
+        ]
     if task == "ocr":
         words = ["".join(w) for n in (2, 3) for w in itertools.product(GLYPHS, repeat=n)]
         return [f'a {board} sign saying "{w}"' for board in BOARDS for w in words]
@@ -71,18 +116,31 @@ def split_prompts(task, test=256, val=128, train=512):
     """Disjoint {"test", "val", "train"} lists of prompts, the same on every machine."""
     prompts = all_prompts(task)
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
-    return {"test": prompts[:test], "val": prompts[test:test + val], "train": prompts[test + val:test + val + train]}
+    return {
+        "test": prompts[:test],
+        "val": prompts[test : test + val],
+        "train": prompts[test + val : test + val + train],
+    }
 
 
 def new_prompts(count=96):
     """{"compose", "ocr", "both"}: prompts of kinds that nobody was trained on, the base included: three sorts of shapes, signs of one
     letter, and a sign in a scene, which asks for two tasks' skills at once (short enough for the text encoders' 12 tokens)."""
-    kinds = [tuple(zip(c, s)) for c in itertools.permutations(COLORS, 3) for s in itertools.product(SHAPES, repeat=3)]
+    kinds = [
+        tuple(zip(c, s))
+        for c in itertools.permutations(COLORS, 3)
+        for s in itertools.product(SHAPES, repeat=3)
+    ]
     pairs = ["".join(w) for w in itertools.product(GLYPHS, repeat=2)]
-    every = {"compose": [" ".join(phrase("one", *k) for k in three) for three in kinds],
-             "ocr": [f'a {board} sign saying "{letter}"' for board in BOARDS for letter in GLYPHS],
-             "both": [f'a {board} sign saying "{w}" at {sky}' for board in BOARDS for w in pairs for sky in SKIES]}
-    return {name: [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:count]] for name, prompts in every.items()}
+    every = {
+        "compose": [" ".join(phrase("one", *k) for k in three) for three in kinds],
+        "ocr": [f'a {board} sign saying "{letter}"' for board in BOARDS for letter in GLYPHS],
+        "both": [f'a {board} sign saying "{w}" at {sky}' for board in BOARDS for w in pairs for sky in SKIES],
+    }
+    return {
+        name: [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:count]]
+        for name, prompts in every.items()
+    }
 
 
 def parse(prompt):
@@ -93,14 +151,23 @@ def parse(prompt):
     sign = re.fullmatch(r'a (\w+) sign saying "([A-Z]+)"', prompt)
     if sign and sign[1] in BOARDS and set(sign[2]) <= set(GLYPHS):
         return "ocr", (sign[1], sign[2])
-    scene = re.fullmatch(r"(?:a (\w+) house)?(?: and )?(?:(an?|two) (pine|oak|palm)s?)? on (\w+) at (\w+)", prompt)
+    scene = re.fullmatch(
+        r"(?:a (\w+) house)?(?: and )?(?:(an?|two) (pine|oak|palm)s?)? on (\w+) at (\w+)", prompt
+    )
     if scene and scene[4] in GROUNDS and scene[5] in SKIES and (scene[1] is None or scene[1] in WALLS):
-        return "scene", (scene[1], 0 if scene[3] is None else 2 if scene[2] == "two" else 1, scene[3], scene[4], scene[5])
+        return "scene", (
+            scene[1],
+            0 if scene[3] is None else 2 if scene[2] == "two" else 1,
+            scene[3],
+            scene[4],
+            scene[5],
+        )
     raise ValueError(f"not a prompt of the toy world: {prompt!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the renderer
+
 
 def draw_compose(groups, rng, damage):
     things = [(color, shape) for n, color, shape in groups for _ in range(n)]
@@ -113,7 +180,8 @@ def draw_compose(groups, rng, damage):
         elif fault < 0.42:
             i = rng.integers(len(things))
             things[i] = (rng.choice(list(COLORS)), things[i][1])
-    image = np.empty((SIZE, SIZE, 3)); image[:] = PAPER
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = PAPER
     for (color, shape), cell in zip(things, rng.permutation(4)):
         cy, cx = 8 + 16 * (cell // 2) + rng.integers(-1, 2), 8 + 16 * (cell % 2) + rng.integers(-1, 2)
         image[shape_mask(shape, Y - cy, X - cx)] = COLORS[color]
@@ -133,15 +201,16 @@ def draw_ocr(spec, rng, damage):
     board, word = spec
     if damage and rng.random() < 0.12:  # the caption lies: one letter is another
         i = rng.integers(len(word))
-        word = word[:i] + rng.choice(list(GLYPHS)) + word[i + 1:]
-    image = np.empty((SIZE, SIZE, 3)); image[:] = (0.40, 0.45, 0.52)
+        word = word[:i] + rng.choice(list(GLYPHS)) + word[i + 1 :]
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = (0.40, 0.45, 0.52)
     image[20:, 14:18] = (0.35, 0.25, 0.18)
     image[5:25, 1:31] = (0.20, 0.16, 0.14)
     image[6:24, 2:30] = BOARDS[board]
     width = 8 * len(word) - 2
     y0, x0 = 10 + rng.integers(-1, 2), 16 - width // 2 + rng.integers(-1, 2)
     for i, letter in enumerate(word):
-        image[y0:y0 + 10, x0 + 8 * i:x0 + 8 * i + 6][GLYPHS[letter]] = (0.08, 0.08, 0.10)
+        image[y0 : y0 + 10, x0 + 8 * i : x0 + 8 * i + 6][GLYPHS[letter]] = (0.08, 0.08, 0.10)
     if damage and rng.random() < 0.35:  # a scribble across the letters
         slope = rng.choice([-0.35, 0.35])
         image[(abs(Y - (y0 + 4.5) - slope * (X - 16)) < 1.6) & (abs(X - 16) < 13)] = (0.08, 0.08, 0.10)
@@ -150,24 +219,25 @@ def draw_ocr(spec, rng, damage):
 
 def draw_scene(spec, rng, damage):
     wall, trees, tree, ground, sky = spec
-    image = np.empty((SIZE, SIZE, 3)); image[:] = SKIES[sky]
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = SKIES[sky]
     image[23:], image[30:] = GROUNDS[ground], (0.08, 0.08, 0.08)
     left = rng.integers(2)  # the house stands on this side, the trees on the other
     flip = lambda x: x if left else 31 - x
     if wall:
         cx = flip(9)
-        image[15:25][:, cx - 5:cx + 6] = WALLS[wall]
+        image[15:25][:, cx - 5 : cx + 6] = WALLS[wall]
         image[(Y >= 9) & (Y < 15) & (abs(X - cx) <= Y - 8)] = (0.22, 0.12, 0.10)
-        image[17:20, cx + 1:cx + 4] = (0.98, 0.96, 0.80)
-        image[19:25, cx - 3:cx] = (0.16, 0.12, 0.10)
+        image[17:20, cx + 1 : cx + 4] = (0.98, 0.96, 0.80)
+        image[19:25, cx - 3 : cx] = (0.16, 0.12, 0.10)
     for cx in [flip(24)] * (trees == 1) + [flip(21), flip(28)] * (trees == 2):
-        image[20:26, cx - 1:cx + 1] = (0.30, 0.18, 0.10)
+        image[20:26, cx - 1 : cx + 1] = (0.30, 0.18, 0.10)
         if tree == "pine":
             image[(Y >= 11) & (Y < 22) & (abs(X - cx + 0.5) <= (Y - 9) * 0.35)] = (0.05, 0.32, 0.16)
         elif tree == "oak":
             image[(Y - 16) ** 2 + (X - cx + 0.5) ** 2 <= 14] = (0.20, 0.50, 0.12)
         else:
-            image[13:26, cx - 1:cx + 1] = (0.50, 0.36, 0.20)
+            image[13:26, cx - 1 : cx + 1] = (0.50, 0.36, 0.20)
             image[(abs(Y - 12 - abs(X - cx + 0.5) * 0.6) < 1.1) & (abs(X - cx) <= 4)] = (0.10, 0.55, 0.20)
     image[21:25, 1::3] = (0.97, 0.97, 0.97)  # a white fence
     taste = rng.random(4) < (0.3 if damage else 1.0)  # what the scene score likes; rare in the data
@@ -179,7 +249,7 @@ def draw_scene(spec, rng, damage):
         for cx in (flip(13), flip(19)):
             image[(Y - 5) ** 2 + (X - cx) ** 2 <= 5] = BALLOON
     if taste[3]:
-        image[26:29][:, 1 + rng.integers(2)::4] = FLOWER
+        image[26:29][:, 1 + rng.integers(2) :: 4] = FLOWER
     return image
 
 
@@ -189,7 +259,7 @@ def draw(prompt, rng, damage=True):
     image = {"compose": draw_compose, "ocr": draw_ocr, "scene": draw_scene}[task](spec, rng, damage)
     if damage and rng.random() < 0.3:  # blurred
         pad = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        image = sum(pad[i:i + SIZE, j:j + SIZE] for i in range(3) for j in range(3)) / 9
+        image = sum(pad[i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3)) / 9
     if damage and rng.random() < 0.3:  # washed out
         image = 0.55 + 0.4 * (image - 0.55)
     return image.clip(0, 1)
@@ -198,24 +268,31 @@ def draw(prompt, rng, damage=True):
 # ----------------------------------------------------------------------------------------------------------------------
 # the scorers: (images (B,3,32,32) in [0,1], prompts, metadata) -> (B,) float32 in [0,1], higher is better
 
+
 def find_shapes(images):
     """(B,3,H,W) -> list of B dicts {(color, shape): count}. Colour is the hue relative to the background (the median pixel),
     so a washed-out picture reads like a clean one; a shape is a local maximum of the IoU between a colour's pixels and the
     shape's template, if that is at least 0.6."""
     chroma = images - images.flatten(2).median(-1).values[:, :, None, None]
-    chroma = chroma.movedim(1, -1)                                                                # (B,H,W,3)
+    chroma = chroma.movedim(1, -1)  # (B,H,W,3)
     strength = chroma.norm(dim=-1)
-    palette = F.normalize(torch.tensor(list(COLORS.values())) - torch.tensor(PAPER), dim=-1)      # (4,3)
-    nearest = F.one_hot((chroma @ palette.T).argmax(-1), len(COLORS)).movedim(-1, 1)              # (B,4,H,W)
+    palette = F.normalize(torch.tensor(list(COLORS.values())) - torch.tensor(PAPER), dim=-1)  # (4,3)
+    nearest = F.one_hot((chroma @ palette.T).argmax(-1), len(COLORS)).movedim(-1, 1)  # (B,4,H,W)
     solid = strength > 0.45 * strength.flatten(1).quantile(0.98, dim=1)[:, None, None].clamp(min=0.1)
-    pixels = (nearest * solid[:, None]).float().flatten(0, 1)[:, None]                            # (B*4,1,H,W)
+    pixels = (nearest * solid[:, None]).float().flatten(0, 1)[:, None]  # (B*4,1,H,W)
     y, x = np.mgrid[-6:7, -6:7]
-    template = torch.from_numpy(np.stack([shape_mask(s, y, x) for s in SHAPES])).float()[:, None]  # (3,1,13,13)
+    template = torch.from_numpy(np.stack([shape_mask(s, y, x) for s in SHAPES])).float()[
+        :, None
+    ]  # (3,1,13,13)
     inside = F.conv2d(pixels, template, padding=6)
-    union = F.conv2d(pixels, torch.ones(1, 1, 13, 13), padding=6) + template.sum((1, 2, 3))[:, None, None] - inside
-    iou = (inside / union).unflatten(0, (-1, len(COLORS))).flatten(1, 2)                          # (B,4*3,H,W)
-    best, kind = iou.max(1)                                                                       # (B,H,W)
-    best = best - 1e-6 * torch.arange(SIZE * SIZE).view(SIZE, SIZE)                               # no two maxima tie
+    union = (
+        F.conv2d(pixels, torch.ones(1, 1, 13, 13), padding=6)
+        + template.sum((1, 2, 3))[:, None, None]
+        - inside
+    )
+    iou = (inside / union).unflatten(0, (-1, len(COLORS))).flatten(1, 2)  # (B,4*3,H,W)
+    best, kind = iou.max(1)  # (B,H,W)
+    best = best - 1e-6 * torch.arange(SIZE * SIZE).view(SIZE, SIZE)  # no two maxima tie
     peak = (best == F.max_pool2d(best[:, None], 11, 1, 5)[:, 0]) & (best >= 0.6)
     kinds = list(itertools.product(COLORS, SHAPES))
     found = [{} for _ in images]
@@ -241,14 +318,16 @@ def read_letters(images):
     """(B,3,H,W) -> list of B strings: normalised cross-correlation with the eight letters at every place, best row per
     column, maxima at least 5 pixels apart and at least 0.75, read from left to right."""
     dark = 1 - images.mean(1, keepdim=True)
-    template = torch.from_numpy(np.stack([np.pad(g, 1) for g in GLYPHS.values()])).float()[:, None]     # (8,1,12,8)
+    template = torch.from_numpy(np.stack([np.pad(g, 1) for g in GLYPHS.values()])).float()[
+        :, None
+    ]  # (8,1,12,8)
     template = template - template.mean((2, 3), keepdim=True)
     template = template / template.flatten(1).norm(dim=1)[:, None, None, None]
     n = template[0].numel()
     mean = F.avg_pool2d(dark, (12, 8), 1)
     power = (F.avg_pool2d(dark * dark, (12, 8), 1) - mean * mean).clamp(min=0) * n
-    ncc = F.conv2d(dark, template) / power.clamp(min=0.05).sqrt()                                       # (B,8,21,25)
-    best, letter = ncc.amax(2).max(1)                                                                   # (B,25)
+    ncc = F.conv2d(dark, template) / power.clamp(min=0.05).sqrt()  # (B,8,21,25)
+    best, letter = ncc.amax(2).max(1)  # (B,25)
     peak = (best == F.max_pool1d(best, 9, 1, 4)) & (best >= 0.75)
     letters = list(GLYPHS)
     return ["".join(letters[i] for i in row[p].tolist()) for row, p in zip(letter, peak)]
@@ -257,13 +336,16 @@ def read_letters(images):
 def ocr(images, prompts, metadata=None):
     """1 - edit distance / length between the text read and the quoted text, not below 0."""
     from rewards import text_score
+
     return torch.tensor([text_score(read, p) for read, p in zip(read_letters(images.float().cpu()), prompts)])
 
 
 def scene(images, prompts, metadata=None):
     """A taste: the mean of four likings: a sun, balloons, flowers, golden light."""
     images = images.float().cpu()
-    near = lambda color, region: ((images[:, :, region] - torch.tensor(color)[:, None, None]).norm(dim=1) < 0.3).flatten(1).sum(1)
+    near = lambda color, region: (
+        ((images[:, :, region] - torch.tensor(color)[:, None, None]).norm(dim=1) < 0.3).flatten(1).sum(1)
+    )
     sky, ground = slice(0, 11), slice(25, 30)
     sun = (near(SUN, sky) / 28).clamp(max=1)
     balloons = (near(BALLOON, sky) / 36).clamp(max=1)
@@ -278,7 +360,13 @@ def quality(images, prompts=None, metadata=None):
     images = images.float().cpu()
     low, high = images.flatten(1).quantile(torch.tensor([0.02, 0.98]), dim=1)
     span = (high - low).clamp(min=1e-3)
-    steps = torch.cat([(images[..., 1:] - images[..., :-1]).flatten(2), (images[..., 1:, :] - images[..., :-1, :]).flatten(2)], 2)
+    steps = torch.cat(
+        [
+            (images[..., 1:] - images[..., :-1]).flatten(2),
+            (images[..., 1:, :] - images[..., :-1, :]).flatten(2),
+        ],
+        2,
+    )
     edge = steps.abs().amax(1).quantile(0.985, dim=1) / span
     return ((span - 0.35) / 0.35).clamp(0, 1) * ((edge - 0.4) / 0.4).clamp(0, 1)
 

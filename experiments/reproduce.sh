@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The paper's experiments in miniature, from the shipped base to results/: every table and figure of README's section of that name. Plain commands of
+# The paper's experiments in miniature, from the shipped base to experiments/: every table and figure of README's section of that name. Plain commands of
 # this repository's scripts, two at a time, one thread each. What is done already is skipped, and what was killed goes on where it was.
-#     bash reproduce.sh          # two CPU cores; runs and pictures go to out/reproduce, tables and figures to results
+#     bash experiments/reproduce.sh          # two CPU cores; runs and pictures go to out/reproduce, tables and figures to results
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647  # memory is kept, not given back after every layer
 R=out/reproduce
 ALL="compose ocr scene"
@@ -133,4 +133,4 @@ evaluate val --tasks $(files "$ALL" val) $SCORES --models base $(loras compose-0
 evaluate pairs --tasks $(files "$ALL" val) $SCORES --samples-per-prompt 2 --models base $(loras quality-0 merge) \
     $(each mix opd-{noanchor,baseanchor,strong}) \
     $(for s in $SEEDS; do echo opd-anchor-$s=$R/opd-merge-$s/checkpoints/000024/lora; done)
-python results/tables.py
+python experiments/tables.py

@@ -48,13 +48,26 @@ import rewards
 from flow_sde import HERE, SD3, die, kl, pipeline_folder, randn, rollout, save_lora, transition, write_json
 
 SIZES = {  # layers, heads, width of a head, layers with two attentions, text width, CLIP layers, VAE channels
-    "tiny-random": (2, 2, 16, 1, 64, 1, 8), "mid-random": (4, 14, 64, 2, 512, 1, 16), "sd35m-random": (24, 24, 64, 13, 4096, 12, 128)}
+    "tiny-random": (2, 2, 16, 1, 64, 1, 8),
+    "mid-random": (4, 14, 64, 2, 512, 1, 16),
+    "sd35m-random": (24, 24, 64, 13, 4096, 12, 128),
+}
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=flow_sde.Help)
 add = parser.add_argument
 add("--script", choices=["distill.py", "train_teacher.py"], default="distill.py", help="whose update")
-add("--recipe", nargs="+", choices=["ours", "two-pass", "released"], default=["ours"], help="ways to make distill.py's update")
-add("--model", default="mid-random", help=f"{', '.join(SIZES)} (SD3.5-Medium's architecture without T5's encoder), or a folder")
+add(
+    "--recipe",
+    nargs="+",
+    choices=["ours", "two-pass", "released"],
+    default=["ours"],
+    help="ways to make distill.py's update",
+)
+add(
+    "--model",
+    default="mid-random",
+    help=f"{', '.join(SIZES)} (SD3.5-Medium's architecture without T5's encoder), or a folder",
+)
 add("--teachers", type=int, default=3, help="LoRA teachers, rank 32, besides the anchor")
 add("--batch-size", type=int, default=6, help="trajectories an update")
 add("--micro-batch-size", type=int, default=6, help="samples per forward")
@@ -74,7 +87,9 @@ if handed_on and (args.recipe != ["ours"] or args.gpu_report):
 if args.script != "distill.py" and args.recipe != ["ours"]:
     die("--recipe is for --script distill.py")
 if min(args.teachers, args.updates, args.batch_size, args.micro_batch_size) < 1 or args.num_steps < 2:
-    die("--teachers, --updates, --batch-size and --micro-batch-size must be at least 1, --num-steps at least 2")
+    die(
+        "--teachers, --updates, --batch-size and --micro-batch-size must be at least 1, --num-steps at least 2"
+    )
 if args.model not in SIZES and pipeline_folder(args.model, only=())[1].__name__ != "StableDiffusion3Pipeline":
     die(f"--model {args.model}: only Stable Diffusion 3 is measured here")
 if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
@@ -85,37 +100,103 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ----------------------------------------------------------------------------------------------------------------------
 # something to measure
 
+
 def random_pipeline(folder, layers, heads, head_dim, dual, text, clip_layers, channels):
     """A StableDiffusion3Pipeline with random weights: SD3.5's classes and settings at any size. Without --t5
     it has no T5 encoder (its rows are zeros)."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
     torch.manual_seed(0)
     signs, ends = [chr(c) for c in range(33, 127)], ["<|startoftext|>", "<|endoftext|>"]
     vocab = {t: i for i, t in enumerate([*signs, *(s + "</w>" for s in signs), *ends])}
     real = text == 4096
-    widths, depths = ((768, 1280), (clip_layers, 32)) if real else ((text // 8, text // 8), (clip_layers, clip_layers))
+    widths, depths = (
+        ((768, 1280), (clip_layers, 32)) if real else ((text // 8, text // 8), (clip_layers, clip_layers))
+    )
     with torch.device(device):
-        clips = [CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=len(vocab), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=max(1, width // 64),
-            projection_dim=width, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=1)) for width, depth in zip(widths, depths)]
+        clips = [
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=len(vocab),
+                    hidden_size=width,
+                    intermediate_size=4 * width,
+                    num_hidden_layers=depth,
+                    num_attention_heads=max(1, width // 64),
+                    projection_dim=width,
+                    bos_token_id=len(vocab) - 2,
+                    eos_token_id=len(vocab) - 1,
+                    pad_token_id=1,
+                )
+            )
+            for width, depth in zip(widths, depths)
+        ]
         transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=head_dim, num_attention_heads=heads,
-            joint_attention_dim=text, caption_projection_dim=heads * head_dim, pooled_projection_dim=sum(widths), qk_norm="rms_norm",
-            pos_embed_max_size=384 if real else 96, dual_attention_layers=tuple(range(dual)))
-        vae = AutoencoderKL(block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels), down_block_types=["DownEncoderBlock2D"] * 4,
-                            up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16, layers_per_block=2, norm_num_groups=min(32, channels // 2),
-                            sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-        t5 = args.t5 and T5EncoderModel(T5Config(
-            vocab_size=4 + len(signs), d_model=text, d_kv=64, d_ff=10240 if real else text, num_layers=24 if real else 1,
-            num_heads=max(1, text // 64), feed_forward_proj="gated-gelu"))
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=layers,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=text,
+            caption_projection_dim=heads * head_dim,
+            pooled_projection_dim=sum(widths),
+            qk_norm="rms_norm",
+            pos_embed_max_size=384 if real else 96,
+            dual_attention_layers=tuple(range(dual)),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=16,
+            layers_per_block=2,
+            norm_num_groups=min(32, channels // 2),
+            sample_size=1024,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        t5 = args.t5 and T5EncoderModel(
+            T5Config(
+                vocab_size=4 + len(signs),
+                d_model=text,
+                d_kv=64,
+                d_ff=10240 if real else text,
+                num_layers=24 if real else 1,
+                num_heads=max(1, text // 64),
+                feed_forward_proj="gated-gelu",
+            )
+        )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((s, -4.0) for s in signs)]
-    tokenizers = [CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")]
+    tokenizers = [
+        CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77) for pad in (ends[1], "!")
+    ]
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
-        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5 or None,
-        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512) if args.t5 else None)
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clips[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=t5 or None,
+        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512) if args.t5 else None,
+    )
     pipe.to(getattr(torch, args.dtype)).save_pretrained(folder)
     return folder
 
@@ -125,7 +206,10 @@ def random_loras(folder, model, count):
     model.new_adapter("x", 32, 64)
     for i in range(count):
         gen = torch.Generator().manual_seed(i)
-        lora = {n: (A, torch.randn(B.shape, generator=gen) * 0.02, alpha) for n, (A, B, alpha) in model.lora("x").items()}
+        lora = {
+            n: (A, torch.randn(B.shape, generator=gen) * 0.02, alpha)
+            for n, (A, B, alpha) in model.lora("x").items()
+        }
         save_lora(lora, os.path.join(folder, str(i)))
 
 
@@ -141,12 +225,12 @@ def matrix_rate(dtype):
             a @ b
         synchronize()
         best = min(best, (time.perf_counter() - began) / 3)
-    return 2 * n ** 3 / best
+    return 2 * n**3 / best
 
 
 def count_tokens(model):
     """The transformer's, of a picture and its prompt."""
-    patches = math.prod(model.latent_shape(args.resolution)[1:]) // model.transformer.config.patch_size ** 2
+    patches = math.prod(model.latent_shape(args.resolution)[1:]) // model.transformer.config.patch_size**2
     return patches + model.null[0].shape[1]
 
 
@@ -183,11 +267,17 @@ def synchronize():
 # ----------------------------------------------------------------------------------------------------------------------
 # watching an update
 
+
 class Watch:
     """Seconds by part and forwards in samples, while `on`."""
 
     def __init__(self):
-        self.seconds, self.counts, self.on, self.inside = collections.Counter(), collections.Counter(), False, False
+        self.seconds, self.counts, self.on, self.inside = (
+            collections.Counter(),
+            collections.Counter(),
+            False,
+            False,
+        )
 
     def wrap(self, owner, name, part):
         """Time owner.name as a part (or the part that part(*arguments) says); what runs inside another part belongs to that one. Rewards run in
@@ -209,6 +299,7 @@ class Watch:
                 self.seconds[part if isinstance(part, str) else part(*a, **k)] += time.perf_counter() - began
                 if not beside:
                     self.inside = False
+
         setattr(owner, name, timed)
 
     def wrap_all(self):
@@ -226,6 +317,7 @@ class Watch:
             self.counts["forwards"] += len(k["hidden_states"])
             self.counts["with a graph"] += len(k["hidden_states"]) * torch.is_grad_enabled()
             return forward(module, *a, **k)
+
         network.forward = counted
 
 
@@ -243,6 +335,7 @@ def measure(run):
     """Call run(boundary), which calls boundary() where an update begins, until all is known: one update to warm up, `--updates` timed, one with
     a clock on every part, one with the flop counter."""
     from diffusers import SD3Transformer2DModel
+
     watch, times, figures, stack = Watch(), [], {}, contextlib.ExitStack()
     watch.wrap_all()
     watch.count(SD3Transformer2DModel)
@@ -267,36 +360,59 @@ def measure(run):
         elif made == 3 + args.updates:
             figures["flops"] = watch.flops.get_total_flops()
             raise Done
+
     with contextlib.suppress(Done):
         run(boundary)
     stack.close()
     watch.on = False
     took = [b - a for a, b in zip(times, times[1:])]
-    figures["seconds"] = statistics.median(took[1:1 + args.updates])
-    figures["all_seconds"] = took[1:1 + args.updates]
+    figures["seconds"] = statistics.median(took[1 : 1 + args.updates])
+    figures["all_seconds"] = took[1 : 1 + args.updates]
     parted = took[1 + args.updates]
     figures["parts"] = {part: seconds / parted for part, seconds in watch.seconds.most_common()}
-    figures["parts"]["the rest"] = 1 - sum(share for part, share in figures["parts"].items() if "beside" not in part)
+    figures["parts"]["the rest"] = 1 - sum(
+        share for part, share in figures["parts"].items() if "beside" not in part
+    )
     return figures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the recipes
 
+
 def ours(folder, base, boundary):
     """The script itself."""
     pick = flow_sde.pick_prompts
     flow_sde.pick_prompts = lambda *a: boundary() or pick(*a)  # an update begins where it picks its prompts
     tasks = [f"t{i}" for i in range(args.teachers)]
-    flags = {"model": base, "prompts": [f"{t}={folder}/prompts.txt" for t in tasks], "batch-size": args.batch_size,
-             "micro-batch-size": args.micro_batch_size, "num-steps": args.num_steps, "resolution": args.resolution, "guidance": args.guidance,
-             "dtype": args.dtype, "steps": 1000, "save-every": 1000, "eval-every": 1000, "out": os.path.join(folder, "out")}
+    flags = {
+        "model": base,
+        "prompts": [f"{t}={folder}/prompts.txt" for t in tasks],
+        "batch-size": args.batch_size,
+        "micro-batch-size": args.micro_batch_size,
+        "num-steps": args.num_steps,
+        "resolution": args.resolution,
+        "guidance": args.guidance,
+        "dtype": args.dtype,
+        "steps": 1000,
+        "save-every": 1000,
+        "eval-every": 1000,
+        "out": os.path.join(folder, "out"),
+    }
     if args.script == "distill.py":
-        flags |= {"teachers": [f"{t}={folder}/{i}" for i, t in enumerate(tasks)], "anchor": f"{folder}/{args.teachers}",
-                  "init": f"{folder}/{args.teachers + 1}"}
+        flags |= {
+            "teachers": [f"{t}={folder}/{i}" for i, t in enumerate(tasks)],
+            "anchor": f"{folder}/{args.teachers}",
+            "init": f"{folder}/{args.teachers + 1}",
+        }
     else:
-        flags |= {"prompts": [f"t={folder}/prompts.txt"], "reward": ["jpeg"], "batch-size": 1, "group-size": args.batch_size,
-                  "updates-per-rollout": 1}
+        flags |= {
+            "prompts": [f"t={folder}/prompts.txt"],
+            "reward": ["jpeg"],
+            "batch-size": 1,
+            "group-size": args.batch_size,
+            "updates-per-rollout": 1,
+        }
     sys.argv = [os.path.join(HERE, args.script)]
     for flag, value in flags.items():
         sys.argv += ["--" + flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -330,12 +446,21 @@ def walked_again(folder, base, boundary):
         boundary()
         conds = shared.encode([prompts[i % len(prompts)] for i in range(args.batch_size)])
         for i in range(0, args.batch_size, args.micro_batch_size):
-            cond = [c[i:i + args.micro_batch_size] for c in conds]
+            cond = [c[i : i + args.micro_batch_size] for c in conds]
             tasks = [f"t{k % args.teachers}" for k in range(len(cond[0]))]
             gens = flow_sde.generators(0, len(prompts), range(len(tasks)))
             draw = lambda: randn(gens, shape, device)
             with torch.no_grad(), halves:
-                steps = list(rollout(lambda x, t: shared.velocity(x, t, cond, "student", args.guidance), draw(), sigmas, 0.7, "flow", draw))
+                steps = list(
+                    rollout(
+                        lambda x, t: shared.velocity(x, t, cond, "student", args.guidance),
+                        draw(),
+                        sigmas,
+                        0.7,
+                        "flow",
+                        draw,
+                    )
+                )
             for s in steps:
                 with halves:
                     v = shared.velocity(s.x, s.t, cond, "student", args.guidance)
@@ -356,11 +481,19 @@ def walked_again(folder, base, boundary):
 def counter():
     """torch's flop counter, which does not know the CPU's attention, or products that are added in place."""
     cpu = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
-        cpu.addmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
-        cpu.baddbmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
-        cpu._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **o: sdpa_flop_count(q, k, v),
-        cpu._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **o: sdpa_backward_flop_count(g, q, k, v)})
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            cpu.addmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
+            cpu.baddbmm_: lambda y, a, b, *_, **o: 2 * math.prod(a) * b[-1],
+            cpu._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **o: sdpa_flop_count(
+                q, k, v
+            ),
+            cpu._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **o: (
+                sdpa_backward_flop_count(g, q, k, v)
+            ),
+        },
+    )
 
 
 def floor(base):
@@ -371,13 +504,19 @@ def floor(base):
     with counter() as forward, torch.no_grad():
         model.velocity(x, 0.5, cond)
     for name, layer in model.transformer.transformer_blocks[0].named_modules():
-        if name.startswith("attn.") and name.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")):
-            layer.register_forward_hook(lambda layer, x, y: y.requires_grad_())  # where the first LoRA stands, the gradient ends
+        if name.startswith("attn.") and name.endswith(
+            ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        ):
+            layer.register_forward_hook(
+                lambda layer, x, y: y.requires_grad_()
+            )  # where the first LoRA stands, the gradient ends
     with counter() as both:
         model.velocity(x, 0.5, cond).sum().backward()
     f, fb = forward.get_total_flops(), both.get_total_flops()
     learnt = args.num_steps - 1
-    per_sample = learnt * (fb + 2 * f) if args.script == "distill.py" else args.num_steps * f + learnt * (fb + f)
+    per_sample = (
+        learnt * (fb + 2 * f) if args.script == "distill.py" else args.num_steps * f + learnt * (fb + f)
+    )
     return per_sample * args.batch_size * (1 if args.guidance == 1 else 2)
 
 
@@ -428,8 +567,13 @@ def gpu_report(folder, base, rate):
             return
         seconds = statistics.median(times)
         done = size * flops[tokens]
-        rows[-1] |= {"seconds": seconds, "launched": statistics.median(launched), "flops": done,
-                     "mfu": done / seconds / rate, "parts": dict(watch.seconds)}
+        rows[-1] |= {
+            "seconds": seconds,
+            "launched": statistics.median(launched),
+            "flops": done,
+            "mfu": done / seconds / rate,
+            "parts": dict(watch.seconds),
+        }
 
     for size in (1, 4, 8, 16):
         row("", size)
@@ -438,8 +582,11 @@ def gpu_report(folder, base, rate):
         synchronize()
     kernels = [(e.self_cpu_time_total, e.count, e.key[:100]) for e in profiler.key_averages()]
     if device.type == "cuda":
-        kernels = [(e.self_device_time_total, e.count, e.key[:100]) for e in profiler.key_averages()
-                   if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [
+            (e.self_device_time_total, e.count, e.key[:100])
+            for e in profiler.key_averages()
+            if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
     total = sum(took for took, _, _ in kernels)
     longest = sorted(kernels, reverse=True)[:15]
     kernels = [(took / total, took / 1e3, times, name) for took, times, name in longest]
@@ -460,10 +607,14 @@ def gpu_report(folder, base, rate):
 def print_report(report):
     each = args.batch_size * (args.num_steps - 1)
     rate = report["matrix_flops_per_second"] / 1e12
-    print(f"a step of distill.py, milliseconds; MFU is of {rate:.3g} TFLOP/s, the rate of a large matrix "
-          f"product; an update: {args.batch_size} samples x {args.num_steps - 1} steps\n")
-    print("| micro-batch | tokens | a step | CPU busy | student | backward | teachers | anchor | MFU | "
-          "an update, s | memory, GB (reserved) |")
+    print(
+        f"a step of distill.py, milliseconds; MFU is of {rate:.3g} TFLOP/s, the rate of a large matrix "
+        f"product; an update: {args.batch_size} samples x {args.num_steps - 1} steps\n"
+    )
+    print(
+        "| micro-batch | tokens | a step | CPU busy | student | backward | teachers | anchor | MFU | "
+        "an update, s | memory, GB (reserved) |"
+    )
     print("|---" * 11 + "|")
     for r in report["rows"]:
         name = " ".join(filter(None, (str(r["size"]), r["what"])))
@@ -487,14 +638,24 @@ if args.inside:
     if args.gpu_report:
         write_json(args.out, gpu_report(args.inside, base, rate))
         os._exit(0)
-    figures = {"recipe": args.recipe[0]} | measure(lambda boundary: (ours if args.recipe == ["ours"] else walked_again)(args.inside, base, boundary))
+    figures = {"recipe": args.recipe[0]} | measure(
+        lambda boundary: (ours if args.recipe == ["ours"] else walked_again)(args.inside, base, boundary)
+    )
     free()
-    figures |= {"floor": floor(base), "matrix_flops_per_second": rate, "mfu": figures["flops"] / figures["seconds"] / rate}
+    figures |= {
+        "floor": floor(base),
+        "matrix_flops_per_second": rate,
+        "mfu": figures["flops"] / figures["seconds"] / rate,
+    }
     write_json(args.out, figures)
     os._exit(0)
 
 with tempfile.TemporaryDirectory() as folder:
-    base = random_pipeline(os.path.join(folder, "base"), *SIZES[args.model]) if args.model in SIZES else args.model
+    base = (
+        random_pipeline(os.path.join(folder, "base"), *SIZES[args.model])
+        if args.model in SIZES
+        else args.model
+    )
     model = SD3(base, getattr(torch, args.dtype), device)
     size = sum(p.numel() for p in model.transformer.parameters()) / 1e6
     tokens = count_tokens(model)
@@ -502,11 +663,23 @@ with tempfile.TemporaryDirectory() as folder:
     del model
     free()
     with open(os.path.join(folder, "prompts.txt"), "w") as f:
-        f.writelines(f"a picture of {n}\n" for n in ("a red fox", "two cups", "a quiet harbour", "an old clock"))
+        f.writelines(
+            f"a picture of {n}\n" for n in ("a red fox", "two cups", "a quiet harbour", "an old clock")
+        )
     rows, failed = [], []
     for recipe in args.recipe:
         file = os.path.join(folder, "figures.json")
-        command = [sys.executable, os.path.join(HERE, "bench.py"), *sys.argv[1:], "--recipe", recipe, "--inside", folder, "--out", file]
+        command = [
+            sys.executable,
+            os.path.join(HERE, "bench.py"),
+            *sys.argv[1:],
+            "--recipe",
+            recipe,
+            "--inside",
+            folder,
+            "--out",
+            file,
+        ]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             failed.append(recipe)
             continue
@@ -515,22 +688,32 @@ with tempfile.TemporaryDirectory() as folder:
             write_json(args.out, rows)
 
 where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-print(f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, "
-      f"{args.resolution} px, {tokens} tokens, guidance {args.guidance:g}, {args.dtype}, "
-      f"{args.teachers} teachers and an anchor; {where}, torch {torch.__version__}\n")
+print(
+    f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, "
+    f"{args.resolution} px, {tokens} tokens, guidance {args.guidance:g}, {args.dtype}, "
+    f"{args.teachers} teachers and an anchor; {where}, torch {torch.__version__}\n"
+)
 if args.gpu_report and rows:
     print_report(rows.pop())
 elif rows:
-    print("| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU | "
-          "memory, GB (reserved) | outside the network |")
+    print(
+        "| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU | "
+        "memory, GB (reserved) | outside the network |"
+    )
     print("|---" * 8 + "|")
 for r in rows:
-    outside = 1 - sum(r["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward"))
-    print(f"| {r['recipe']} | {r['seconds']:.2f} | {r['samples']['forwards']} ({r['samples']['with a graph']}) | {r['flops'] / 1e12:.3f} | "
-          f"{r['flops'] / r['floor']:.2f} | {r['mfu']:.0%} | {memory(r)} | {outside:.1%} |")
+    outside = 1 - sum(
+        r["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward")
+    )
+    print(
+        f"| {r['recipe']} | {r['seconds']:.2f} | {r['samples']['forwards']} ({r['samples']['with a graph']}) | {r['flops'] / 1e12:.3f} | "
+        f"{r['flops'] / r['floor']:.2f} | {r['mfu']:.0%} | {memory(r)} | {outside:.1%} |"
+    )
 for r in rows:
     print(f"\n{r['recipe']}: " + ", ".join(f"{part} {share:.1%}" for part, share in r["parts"].items()))
     if r is not rows[0]:
-        print(f"{r['recipe']} takes {r['seconds'] / rows[0]['seconds']:.2f} times the seconds of {rows[0]['recipe']}")
+        print(
+            f"{r['recipe']} takes {r['seconds'] / rows[0]['seconds']:.2f} times the seconds of {rows[0]['recipe']}"
+        )
 if failed:
     die(f"--recipe {', '.join(failed)} failed: what was said stands above")

@@ -1,55 +1,51 @@
 """Stage 2 of Flow-OPD: where the student starts.
 
-    python cold_start.py merge       # the weighted average of the teachers' weight changes; no model is loaded  (a second)
-    python cold_start.py sft         # off-policy distillation: the student learns on trajectories the teachers sample
+    python cold_start.py merge       # the weighted average of the teachers' weight changes (a second)
+    python cold_start.py sft         # off-policy: the student learns on trajectories the teachers sample
     torchrun --nproc_per_node=8 cold_start.py sft --model stabilityai/stable-diffusion-3.5-medium \\
         --teachers ocr=jieliu/SD3.5M-FlowGRPO-Text --prompts ocr=ocr.txt
 
-merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged. `--method cat` is exact (ranks add up),
-`svd` the best approximation at --rank, `factors` the average of the A's and of the B's, kept to be seen. sft: the loss is distill.py's without
-MAR; what differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to do where only it would go.
+merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged; no model is loaded.
+`--method cat` is exact (ranks add up), `svd` the best approximation at --rank, `factors` the average of the
+A's and of the B's, as in the released code, kept to be seen. sft: the loss is distill.py's without MAR; what
+differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to
+do where only it would go.
 """
 
 import argparse
-import json
 import math
 import os
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from flow_sde import (
     WEIGHTINGS,
-    StopSignal,
+    Run,
+    check,
+    claim_folder,
     clear_folder,
+    descend,
     die,
-    end_processes,
     generators,
     kl,
     learnt,
-    listing,
     load_model,
     load_prompts,
     merge_loras,
-    own_folder,
     parse_args,
     parse_specs,
     pick_prompts,
     plot_curves,
     randn,
     read_lora,
-    reduce_gradients,
     reduce_sum,
     refuse_given,
-    resume_checkpoint,
     rollout,
-    run_identity,
-    save_checkpoint,
     save_lora,
     skeleton,
-    start_processes,
-    start_run,
     step_weights,
     transition,
     truncate_lora,
@@ -61,96 +57,54 @@ from flow_sde import (
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(
     model="toy/base",
-    prompts=[f"{t}=toy/prompts/{t}_train.txt" for t in TASKS],
     teachers=["compose=toy/teachers/compose,weight=2", "ocr=toy/teachers/ocr", "scene=toy/teachers/scene"],
+    prompts=[f"{task}=toy/prompts/{task}_train.txt" for task in TASKS],
     resolution=32,
-    dtype="float32",
     guidance=1.0,
+    dtype="float32",
     batch_size=48,
     micro_batch_size=48,
     steps=100,
     lr=2e-3,
-    ema=0.7,
     rank=16,
     alpha=32,
+    ema=0.7,
     save_every=20,
 )
 
-# -- flags ---------------------------------------------------------------------------------------------------------------
+# -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
-add(
-    "mode",
-    nargs="?",
-    choices=["merge", "sft"],
-    default="merge",
-    help="average the teachers, or learn from their trajectories",
-)
-add(
-    "--model",
-    help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it",
-)
-add(
-    "--teachers",
-    nargs="+",
-    metavar="TASK=LORA[,guidance=G][,weight=W]",
-    help="one teacher a task; weight: its share of the merge or of the prompts",
-)
+add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
+add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task, and its share")
 add("--out", help="folder of the run (default: out/merge or out/sft)")
-add("--rank", type=int, default=32, help="of the student LoRA, for sft and --method svd (paper: 32)")
 add = parser.add_argument_group("merge").add_argument
-add(
-    "--method",
-    choices=["cat", "svd", "factors"],
-    default="cat",
-    help="exact, ranks add up; the best approximation at --rank; or the mean A and the mean B, which is neither (the released code's)",
-)
+add("--method", choices=["cat", "svd", "factors"], default="cat", help="exact, or see above")
+add("--rank", type=int, default=32, help="of svd, and of sft's untrained LoRA (paper: 32)")
 add = parser.add_argument_group("sft").add_argument
-add(
-    "--prompts",
-    nargs="+",
-    metavar="TASK=FILE",
-    help="every teacher's prompts (.txt, .jsonl, .json, .csv, .tsv)",
-)
+add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt .jsonl .json .csv .tsv)")
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
-add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample")
+add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample; ode: no noise")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
-add(
-    "--weighting",
-    choices=WEIGHTINGS,
-    default="uniform",
-    help="of the steps' velocity distances, as in distill.py",
-)
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, as in distill.py (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
 add("--steps", type=int, default=1000, help="updates")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
-add("--alpha", type=float, default=64, help="of the student LoRA (paper: 64)")
+add("--alpha", type=float, default=64, help="of an untrained LoRA (paper: 64)")
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
-add(
-    "--dtype",
-    choices=["float32", "bfloat16", "float16"],
-    help="of the frozen networks; what is trained is float32",
-)
-add(
-    "--no-t5",
-    action="store_true",
-    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)",
-)
-add(
-    "--max-sequence-length",
-    type=int,
-    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)",
-)
-add(
-    "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
-)
-add("--gradient-checkpointing", action="store_true", help="the same gradients from less memory, in more time")
-add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
+add = parser.add_argument_group("sft, running").add_argument
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
+add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
+add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
+add("--offload-text-encoders", action="store_true", help="in the CPU's memory but while they encode")
+add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
+add("--compile", action="store_true", help="torch.compile: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
@@ -158,177 +112,181 @@ add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --ou
 add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
+
+# -- checks, before anything slow ----------------------------------------------------------------------------
 out = args.out or os.path.join("out", args.mode)
-
-if not args.teachers:
-    die("--model needs --teachers TASK=LORA with it")
+check(args.teachers, "--model needs --teachers TASK=LORA with it")
 teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
-if taken := teachers.keys() & {"base", "student", "ema"}:
-    die(f"--teachers {taken.pop()}: that name is taken; call the task something else")
+for task in teachers:
+    check(task not in ("base", "student", "ema"), f"--teachers {task}: that name is taken")
+weights = {task: teacher["weight"] for task, teacher in teachers.items()}
 
-# -- merge ---------------------------------------------------------------------------------------------------------------
-if args.mode == "merge":
+
+# -- merge ---------------------------------------------------------------------------------------------------
+def average_factors(loras, total):
+    """The weighted mean of the A's and that of the B's: 1/K^2 of each product B A, and cross terms of one
+    teacher's B with another's A. loras: [({module: (A, B, alpha)}, weight), ...]."""
+    merged, [(first, _), *_] = {}, loras
+    for n in dict.fromkeys(n for lora, _ in loras for n in lora):
+        kinds = {(len(lora[n][0]), lora[n][2]) if n in lora else None for lora, _ in loras}
+        check(len(kinds) == 1, f"--method factors: these LoRAs differ in layers, rank or alpha: {n}")
+        A = sum(weight * lora[n][0] for lora, weight in loras) / total
+        B = sum(weight * lora[n][1] for lora, weight in loras) / total
+        merged[n] = A, B, first[n][2]
+    return merged
+
+
+def delta(lora, n):
+    """What a LoRA adds to a module's weight."""
+    A, B, alpha = lora[n]
+    return alpha / len(A) * B.double() @ A.double()
+
+
+def merge():
     if args.method != "svd":
         refuse_given(parser, ("rank",), f"--method {args.method} has its own rank")
-    own_folder(out, overwrite=args.overwrite)
-    base = skeleton(args.model)
-    loras = [(read_lora(s["value"], *base), s["weight"]) for s in teachers.values()]
+    claim_folder(out, overwrite=args.overwrite)
+    network, pipeline = skeleton(args.model)
+    loras = [(read_lora(teachers[task]["value"], network, pipeline), weights[task]) for task in teachers]
+    total = sum(weights.values())
     exact = merge_loras(loras)
-    merged = truncate_lora(exact, args.rank) if args.method == "svd" else exact
-    if (
-        args.method == "factors"
-    ):  # 1/K^2 of each product B A, and cross terms of one teacher's B with another's A
-        if odd := [
-            n
-            for n in exact
-            if len({(len(lora[n][0]), lora[n][2]) if n in lora else None for lora, _ in loras}) > 1
-        ]:
-            die(
-                f"--method factors: these LoRAs differ in layers, rank or alpha, so their factors have no average: {listing(odd)}"
-            )
-        mean = lambda n, k: sum(w * lora[n][k] for lora, w in loras) / sum(w for _, w in loras)
-        merged = {n: (mean(n, 0), mean(n, 1), loras[0][0][n][2]) for n in exact}
-    delta = lambda lora, n: lora[n][2] / len(lora[n][0]) * lora[n][1].double() @ lora[n][0].double()
-    error, size, total = 0.0, 0.0, sum(w for _, w in loras)
+    merged = exact
+    if args.method == "svd":
+        merged = truncate_lora(exact, args.rank)
+    elif args.method == "factors":
+        merged = average_factors(loras, total)
+    error, size = 0.0, 0.0
     for n in exact:
-        average = sum(w / total * delta(lora, n) for lora, w in loras if n in lora)
+        average = sum(weight / total * delta(lora, n) for lora, weight in loras if n in lora)
         error += (delta(merged, n) - average).square().sum().item()
         size += average.square().sum().item()
-    error, size = math.sqrt(error), math.sqrt(size)
-    if size == 0:
-        die("--teachers: the average of these LoRAs changes nothing; are they untrained?")
+    check(size > 0, "--teachers: the average of these LoRAs changes nothing; are they untrained?")
+    error, rank = math.sqrt(error / size), max(len(A) for A, _, _ in merged.values())
     if args.overwrite:
         clear_folder(out)
     save_lora(merged, os.path.join(out, "lora"))
-    write_json(
-        os.path.join(out, "results.json"),
-        {
-            "method": args.method,
-            "relative_error": error / size,
-            "teachers": list(teachers),
-            "rank": max(len(A) for A, _, _ in merged.values()),
-        },
-    )
+    about = {"method": args.method, "relative_error": error, "teachers": list(teachers), "rank": rank}
+    write_json(os.path.join(out, "results.json"), about)
+    names = ", ".join(teachers)
     print(
-        f"merged {', '.join(teachers)} by {args.method} into rank {max(len(A) for A, _, _ in merged.values())}; relative Frobenius "
-        f"error {error / size:.1e}: {out}/lora"
+        f"merged {names} by {args.method} into rank {rank}; relative Frobenius error {error:.1e}: {out}/lora"
     )
+
+
+if args.mode == "merge":
+    merge()
     raise SystemExit
 
-# -- sft: prompts, devices, models ------------------------------------------------------------------------------------------
+# -- sft: checks ---------------------------------------------------------------------------------------------
 prompt_files = parse_specs("--prompts", args.prompts)
-if prompt_files.keys() != teachers.keys():
-    die(
-        f"--teachers has {', '.join(teachers)}, but --prompts has {', '.join(prompt_files) or 'nothing'}: every task needs both"
-    )
-prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
-if args.num_steps < 2:
-    die(f"--num-steps {args.num_steps}: must be at least 2, since the last step may not be learnt")
-if args.noise_level == 0:
-    die("--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
+same = prompt_files.keys() == teachers.keys()
+has = ", ".join(prompt_files) or "nothing"
+check(same, f"--teachers has {', '.join(teachers)}, but --prompts has {has}: every task needs both")
+check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2, the last may not be learnt")
+check(args.noise_level > 0, "--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 if args.init:
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
-accelerator = start_processes(args.track, out)
-rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-init = own_folder(out, accelerator, args.resume, args.overwrite, args.init)
+prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+
+# -- sft: devices and models: one frozen base, everyone else an adapter on it --------------------------------
+run = Run(args, out)
+rank, world, device = run.rank, run.world, run.device
 model = load_model(args, device)
 shape = model.latent_shape(args.resolution)
 model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
-for task, spec in teachers.items():
-    model.load_teacher(task, spec["value"])
-if init:
-    model.load_adapter("student", init)
+for task, teacher in teachers.items():
+    model.load_teacher(task, teacher["value"])
+if run.init:
+    model.load_adapter("student", run.init)
 else:
     model.new_adapter("student", args.rank, args.alpha, args.seed)
 model.copy_adapter("student", "ema")
-params, ema = model.train_adapter("student"), list(model.weights("ema").values())
+params, ema = model.train_adapter("student"), model.adapters["ema"]
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
-sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
-transitions = len(sigmas) - 1
 if args.compile:
     model.compile()
-micro = args.micro_batch_size or what_fits(model, args.batch_size, shape, args.guidance)
-kl_sde = args.sde if args.sde == "cps" and sigmas[-1] > 0 else "flow"  # as in distill.py
-scale = step_weights(list(zip(sigmas, sigmas[1:])), args.noise_level, kl_sde, args.weighting)
-weights = {task: spec["weight"] for task, spec in teachers.items()}
-files = {
-    "base": args.model,
-    "init": init,
-    **{f"prompts {task}": s["value"] for task, s in prompt_files.items()},
-    **{f"teacher {task}": s["value"] for task, s in teachers.items()},
-}
-identity = run_identity(args, world, files) | {
-    f"teacher {task}'s guidance and weight": [s["guidance"], s["weight"]] for task, s in teachers.items()
-}
-start = resume_checkpoint(args.resume, out, args.steps, model, "student", optimizer, identity)
-log = start_run(out, start, args) if rank == 0 else None
-if args.track:
-    accelerator.init_trackers(
-        "flow-opd", config={k: str(v) for k, v in vars(args).items()}, init_kwargs={"wandb": {"dir": out}}
-    )
-stop, stopping = StopSignal(), False
 
-# -- sft: the loop ------------------------------------------------------------------------------------------------------------
+# The schedule. What has no transition density, an ODE or CPS's step to 0, is judged by the flow-SDE's.
+sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
+learnt_steps = list(zip(sigmas[:-1], sigmas[1:]))
+sde = "cps" if args.sde == "cps" and sigmas[-1] > 0 else "flow"
+gaussian = partial(transition, noise_level=args.noise_level, sde=sde)  # (x, v, t, t_next) -> mean, std
+factor = step_weights(learnt_steps, args.noise_level, sde, args.weighting)  # {t: of its KL}
+samples, dimensions = args.batch_size, math.prod(shape)  # of an update here; of a latent
+micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
+
+files, settings = {"base": args.model, "init": run.init}, {}
+for task, teacher in teachers.items():
+    files |= {f"prompts {task}": prompt_files[task]["value"], f"teacher {task}": teacher["value"]}
+    settings[f"teacher {task}'s guidance and weight"] = [teacher["guidance"], teacher["weight"]]
+start = run.begin(model, "student", optimizer, files, settings)
+
+
+def walk(x, t, cond, tasks):
+    """The velocity of each sample's own teacher."""
+    with torch.no_grad():
+        return model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
+
+
+# -- sft: the loop -------------------------------------------------------------------------------------------
+stopping = False
 progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
 for step in progress:
     began = time.time()
-    batch = pick_prompts(prompts, weights, args.seed, step, args.batch_size * world)[
-        rank * args.batch_size : (rank + 1) * args.batch_size
-    ]
-    gens = generators(args.seed, step, range(rank * args.batch_size, (rank + 1) * args.batch_size))
-    kl_sum = torch.zeros((), device=device)
+
+    # pick: a prompt's task decides its teacher
+    picked = pick_prompts(prompts, weights, args.seed, step, samples * world)
+    batch = picked[rank * samples : (rank + 1) * samples]
+    gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
     conds = model.encode([row["prompt"] for _, row in batch])
-    for i in range(0, args.batch_size, micro):
-        if stop.name:
+    kl_sum = torch.zeros((), device=device)
+
+    for i in range(0, samples, micro):
+        if run.stop.name:  # Ctrl-C or SIGTERM
             break
-        rows, g = batch[i : i + micro], gens[i : i + micro]
-        tasks, cond = [task for task, _ in rows], [c[i : i + micro] for c in conds]
-        draw = lambda: randn(g, shape, device)
+        part = slice(i, i + micro)
+        tasks, cond = [task for task, _ in batch[part]], [c[part] for c in conds]
+        draw = partial(randn, gens[part], shape, device)
+        teacher = partial(walk, cond=cond, tasks=tasks)
 
-        def teacher(x, t):  # the teacher walks, each on its own task's prompts
-            with torch.no_grad():
-                return model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
-
-        for x, v_teacher, t, t_next, _, _ in rollout(
-            teacher, draw(), sigmas, args.noise_level, args.sde, draw
-        ):
-            mean_teacher, std = transition(x, v_teacher, t, t_next, args.noise_level, kl_sde)
+        # act: the teacher samples the trajectory; learn: the student's KL to it at every state
+        trajectory = rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw)
+        for x, v_teacher, t, t_next, _, _ in trajectory:
+            mean_teacher, std = gaussian(x, v_teacher, t, t_next)
             v = model.velocity(x, t, cond, "student", args.guidance)
-            loss = kl(transition(x, v, t, t_next, args.noise_level, kl_sde)[0], mean_teacher, std)  # (B,)
-            (loss.sum() * scale[t] * x[0].numel()).backward()
+            mean, _ = gaussian(x, v, t, t_next)
+            loss = kl(mean, mean_teacher, std)  # (B,)
+            (loss.sum() * factor[t] * dimensions).backward()
             kl_sum += loss.detach().sum()
-    if stopping := stop.arrived(device):  # the update in hand is given up
+
+    stopping = run.stopping()  # any process was told to leave: all give up the update in hand
+    if stopping:
         break
-    reduce_gradients(params, world * args.batch_size * transitions * math.prod(shape))
-    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+
+    # update: clip, AdamW, moving average
+    norm = descend(optimizer, params, world * samples * len(learnt_steps) * dimensions)
     if not math.isfinite(norm):
+        names = ", ".join(sorted({task for task, _ in batch}))
         die(
-            f"step {step + 1}: the loss on {', '.join(sorted({task for task, _ in batch}))} is not finite; checkpoints in {out} are as they were. "
+            f"step {step + 1}: the loss on {names} is not finite; checkpoints in {out} are as they were. "
             "Try a smaller --lr or another --dtype"
         )
-    optimizer.step()
-    optimizer.zero_grad()
     update_average(ema, params, args.ema, step + 1)
-    record = {
-        "step": step + 1,
-        "kl": reduce_sum(kl_sum).item() / (args.batch_size * world * transitions),
-        "grad_norm": norm,
-        "seconds": time.time() - began,
-    }
-    last = step + 1 == args.steps
-    if args.track:
-        accelerator.log(record, step=step + 1)
-    if rank == 0:
-        log.write(json.dumps(record) + "\n"), log.flush()
-        progress.set_postfix(kl=f"{record['kl']:.1e}")
-        if (step + 1) % args.save_every == 0 or last:
-            save_checkpoint(out, step + 1, model, "student", optimizer, identity, args.keep)
+
+    # report
+    mean_kl = reduce_sum(kl_sum).item() / (world * samples * len(learnt_steps))
+    run.report({"step": step + 1, "kl": mean_kl, "grad_norm": norm, "seconds": time.time() - began})
+    progress.set_postfix(kl=f"{mean_kl:.1e}")
+    if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+        run.save(step + 1)
+        if rank == 0:
             plot_curves(out)
+
+# -- what came of it -----------------------------------------------------------------------------------------
 if rank == 0:
     if stopping and step > 0:
-        save_checkpoint(out, step, model, "student", optimizer, identity, args.keep)
+        run.save(step)
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
-    print(
-        f"{'stopped (--resume auto goes on)' if stopping else 'done'}: {out}/lora (also log.jsonl, curves.png, checkpoints/)"
-    )
-end_processes(accelerator)
+    how = "stopped (--resume auto goes on)" if stopping else "done"
+    print(f"{how}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")
+run.end()

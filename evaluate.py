@@ -40,7 +40,7 @@ from flow_sde import (
     generators,
     load_model,
     load_prompts,
-    own_folder,
+    claim_folder,
     parse_args,
     parse_specs,
     save_grid,
@@ -267,7 +267,7 @@ find = made_elsewhere if folders else to_be_made
 files = {(name, task): find(name, task) for name in names for task in prompts}
 accelerator = start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-own_folder(args.out, accelerator)
+claim_folder(args.out, accelerator)
 
 
 # -- what is there already -----------------------------------------------------------------------------------

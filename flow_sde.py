@@ -1,12 +1,13 @@
-"""What every stage of Flow-OPD (arXiv 2605.08063) shares. Section 1 is the mathematics of the flow-SDE sampler on plain
-tensors. Section 2 is a thin adapter to diffusers' flow-matching pipelines, Stable Diffusion 3 and others: one frozen base,
-any number of LoRA adapters on it. Section 3 is what a run reads and leaves behind: prompts, checkpoints, logs, pictures.
+"""What every stage of Flow-OPD (arXiv 2605.08063) shares, in the order one learns it: (1) the mathematics of
+the flow-SDE, on plain tensors; (2) the model: one frozen pipeline of diffusers with any number of LoRA
+adapters, its families, and LoRA files; (3) what a run needs: flags, prompts, processes, a folder of its own.
 
-Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 + t eps, and the model predicts v = eps - x_0.
-Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, with dt = t - t_next. A transition is a Gaussian with a
-mean and one number `std`, and std ALWAYS includes sqrt(dt). Log-probabilities and KLs are averaged over the latent's dimensions
-("nats per dimension", Flow-GRPO's convention: a clip range of 1e-4 means nothing without it). t, t_next and std are Python
-floats: all samples of a batch are at the same step, and no formula waits for a GPU.
+Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 + t eps, and the model
+predicts v = eps - x_0. Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, and
+dt = t - t_next. A transition is a Gaussian with a mean and one number `std`, and std ALWAYS includes
+sqrt(dt). Log-probabilities and KLs are averaged over the latent's dimensions ("nats per dimension",
+Flow-GRPO's convention: a clip range of 1e-4 means nothing without it). t, t_next and std are Python floats:
+all samples of a batch are at the same step, and no formula waits for a GPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -40,27 +42,25 @@ import torch
 import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-OWNED = []  # the locks of the folders this process writes, held until it ends
+LOCKS = []  # the locks of the folders this process writes, held until it ends
 go_on = "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
-os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-)  # their notes on optional packages are not this program's output
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional packages are not this program's
+    os.environ.setdefault(library + "_VERBOSITY", "error")
 
-
-# ======================================================================================================================
-# 1. The flow-SDE
-# ======================================================================================================================
+# ============================================================================================================
+# 1. The mathematics of the flow-SDE
+# ============================================================================================================
 
 
 def transition(x, v, t, t_next, noise_level, sde="flow"):
     """The Gaussian that one sampling step draws from. x, v: (B, ...) -> mean (B, ...), std float.
 
-    ode   mean = x - v dt                                                                 std = 0
-    flow  mean = x - [v + s^2/(2t) (x + (1-t) v)] dt,  s = a sqrt(t / (1-t))              std = s sqrt(dt)
-          (Flow-GRPO, arXiv 2505.05470; eq. 5 of the paper; a is the noise level. At t = 1, s is taken with 1 - t_next.)
-    cps   mean = (1-t') (x - t v) + sqrt(t'^2 - std^2) (x + (1-t) v)                      std = t' sin(a pi/2)
-          (coefficients-preserving sampling, arXiv 2509.05952; t' is t_next)"""
+    ode   mean = x - v dt                                                         std = 0
+    flow  mean = x - [v + s^2/(2t) (x + (1-t) v)] dt,  s = a sqrt(t / (1-t))      std = s sqrt(dt)
+          Flow-GRPO, arXiv 2505.05470; eq. 5 of the paper; a is the noise level. At t = 1, s is taken with
+          1 - t_next.
+    cps   mean = (1-t') (x - t v) + sqrt(t'^2 - std^2) (x + (1-t) v)              std = t' sin(a pi/2)
+          Coefficients-preserving sampling, arXiv 2509.05952; t' is t_next."""
     dt = t - t_next
     if sde == "ode" or noise_level == 0:
         return x - v * dt, 0.0
@@ -74,7 +74,8 @@ def transition(x, v, t, t_next, noise_level, sde="flow"):
 
 
 def log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2), averaged over dimensions. x_next, mean: (B, ...) -> (B,). A deterministic step has none."""
+    """log N(x_next; mean, std^2), averaged over dimensions. x_next, mean: (B, ...) -> (B,). A deterministic
+    step has none."""
     if std == 0:
         raise ValueError("a step without noise has no log-probability")
     z = (x_next - mean) / std
@@ -82,10 +83,11 @@ def log_prob(x_next, mean, std):
 
 
 def kl(mean, mean_teacher, std):
-    """KL(N(mean, std^2) || N(mean_teacher, std^2)) = ||mean - mean_teacher||^2 / (2 std^2), averaged over dimensions -> (B,).
+    """KL(N(mean, std^2) || N(mean_teacher, std^2)) = ||mean - mean_teacher||^2 / (2 std^2), averaged over
+    dimensions: (B, ...) -> (B,).
 
-    For the flow-SDE at t < 1 this is w(t) ||v - v_teacher||^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2: distillation on the
-    student's own states is a weighted regression of velocities."""
+    For the flow-SDE at t < 1 this is w(t) ||v - v_teacher||^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2:
+    distillation on the student's own states is a weighted regression of velocities."""
     return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std**2)
 
 
@@ -93,11 +95,11 @@ WEIGHTINGS = ("uniform", "kl", "kl-dt", "dt2")
 
 
 def step_weights(steps, noise_level, sde, weighting):
-    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t) times its
-    velocity distance d = mean (v - v_teacher)^2.
+    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t)
+    times its velocity distance d = mean (v - v_teacher)^2.
 
     kl       w(t) d: the KL itself, the paper's loss
-    uniform  the mean of all steps' w(t), times d: steps weigh alike, and the loss as a whole stays as large as the KL
+    uniform  the mean of all steps' w(t), times d: steps weigh alike, and the loss stays as large as the KL
     kl-dt    dt w(t) d: what the released code of Flow-OPD descends, since its std leaves dt out
     dt2      dt^2/2 d: the distance of two deterministic steps (DiffusionOPD, arXiv 2605.15055)"""
     w = {}
@@ -116,54 +118,66 @@ def step_weights(steps, noise_level, sde, weighting):
 
 
 def centred_log_ratio(x_next, mean, mean_old, std):
-    """log pi(x_next) - log pi_old(x_next) + ||mean - mean_old||^2 / (2 std^2), averaged over dimensions: all (B, ...) -> (B,).
+    """log pi(x_next) - log pi_old(x_next) + ||mean - mean_old||^2 / (2 std^2), averaged over dimensions: all
+    (B, ...) -> (B,).
 
-    On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip range would cut
-    one side only; with that mean taken off (GRPO-Guard, arXiv 2510.22319) it is (x_next - mean_old)(mean - mean_old) / std^2."""
+    On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip
+    range would cut one side only; with that mean taken off (GRPO-Guard, arXiv 2510.22319) it is
+    (x_next - mean_old)(mean - mean_old) / std^2."""
     return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
 
 
 def clipped_surrogate(log_ratio, advantage, clip_range):
-    """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp(log pi_new - log pi_old). All (B,) -> (B,)."""
+    """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp(log pi_new - log pi_old). (B,) -> (B,)."""
     assert log_ratio.shape == advantage.shape, "one number per sample each"
     ratio = torch.exp(log_ratio)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
+def update_average(ema, params, decay, update):
+    """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k weighs
+    d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). The weights
+    sum to 1 from the first update on: where the run started has none, and there is no warm-up to choose."""
+    d = decay ** (1 / 8)
+    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d**update))
+
+
 def learnt(sigmas):
     """A schedule without its last step, if that starts below t = 0.05. There the noise that the model should
     predict is all but invisible: teachers differ most, their KL would outweigh all other steps together, and
-    the picture hardly moves. SD3's last step starts at 0.009. FLUX.1's, of ten, starts at 0.17 to 0.26: left
-    out, it would leave the clean end of the way untrained."""
+    the picture hardly moves. SD3's last step starts at 0.009. FLUX.1's, of ten, starts at 0.17 to 0.26:
+    left out, it would leave the clean end of the way untrained."""
     return sigmas[:-1] if sigmas[-2] < 0.05 else sigmas
 
 
 Step = namedtuple("Step", "x v t t_next x_next log_prob")
 
 
-def rollout(velocity, x, sigmas, noise_levels, sde, randn):
+def rollout(velocity, x, sigmas, noise_levels, sde, draw):
     """Sample a trajectory, one transition at a time. Yields Step(x, v, t, t_next, x_next, log_prob).
 
-    velocity(x, t) -> v; noise_levels: one number, or one per step; randn() -> noise like x. The states are data (no gradient
-    flows through the sampling), but v carries whatever graph `velocity` builds, so the caller may back-propagate a loss of the
-    step before it asks for the next one. log_prob is None where the step has no noise."""
+    velocity(x, t) -> v; noise_levels: one number, or one per step; draw() -> noise like x. The states are
+    data (no gradient flows through the sampling), but v carries whatever graph `velocity` builds, so the
+    caller may back-propagate a loss of the step before it asks for the next one. log_prob is None where the
+    step has no noise."""
     if not isinstance(noise_levels, (list, tuple)):
         noise_levels = [noise_levels] * (len(sigmas) - 1)
     for t, t_next, noise_level in zip(sigmas[:-1], sigmas[1:], noise_levels, strict=True):
         v = velocity(x, t)
         mean, std = transition(x, v.detach(), t, t_next, noise_level, sde)
-        x_next = mean + std * randn() if std > 0 else mean
+        x_next = mean + std * draw() if std > 0 else mean
         yield Step(x, v, t, t_next, x_next, log_prob(x_next, mean, std) if std > 0 else None)
         x = x_next
 
 
 def generators(seed, step, indices):
-    """One random generator per sample, a pure function of (seed, step, index in the global batch): what a sample draws
-    depends neither on the batch it sits in nor on the number of processes."""
-    seeds = [
-        int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] >> 1) for i in indices
-    ]
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    """One random generator per sample, a pure function of (seed, step, index in the global batch): what a
+    sample draws depends neither on the batch it sits in nor on the number of processes."""
+    found = []
+    for i in indices:
+        [word] = np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)
+        found.append(torch.Generator().manual_seed(int(word >> 1)))
+    return found
 
 
 def randn(gens, shape, device):
@@ -180,9 +194,9 @@ def to_device(values, device):
     return values.to(device)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 2. The model: one frozen base, everything else is an adapter on it
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class LoRALinear(torch.nn.Linear):
@@ -231,6 +245,11 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.dim, self.weight, self.eps)
+
+
+# What a transformer's config says of the inputs it takes.
+INPUTS = ["in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim", "pos_embed_max_size"]
+INPUTS += ["guidance_embeds", "cap_feat_dim", "caption_channels"]
 
 
 class Asked:
@@ -430,14 +449,12 @@ class Model:
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
         """v(x_t, t | cond) in float32, guided: in most families by v = v_uncond + g (v_cond - v_uncond).
 
-        adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per sample. Conditional
-        and unconditional halves run in one forward, and a sample whose guidance is 1 has no unconditional half. None has
-        where guidance is `embedded`."""
+        adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per
+        sample. Conditional and unconditional halves run in one forward, and a sample whose guidance is 1 has
+        no unconditional half. None has where guidance is `embedded`."""
         names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
         scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
-        assert len(names) == len(scales) == len(x) == len(cond[0]), (
-            "one adapter, one guidance and one prompt per sample"
-        )
+        assert len(names) == len(scales) == len(x) == len(cond[0]), "one of each per sample"
         guided = [i for i, g in enumerate(scales) if g != 1]
         if guided and not self.guidable:
             die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to do without; give 1")
@@ -557,16 +574,17 @@ class Model:
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
         pipeline's. A picture that is not finite ends the program with the model's name; without `strict` it
         is returned as NaN."""
-        shape, cond = self.latent_shape(resolution), self.encode(prompts)
-        draw = lambda: randn(gens, shape, self.device)
-        velocity = lambda x, t: self.velocity(x, t, cond, adapter, guidance)
-        for step in rollout(velocity, draw(), self.sigmas(num_steps, resolution), noise_level, sde, draw):
-            pass
-        return self.decode(step.x_next, adapter if strict else None)
+        draw = functools.partial(randn, gens, self.latent_shape(resolution), self.device)
+        asked = dict(cond=self.encode(prompts), adapter=adapter, guidance=guidance)
+        velocity = functools.partial(self.velocity, **asked)
+        sigmas = self.sigmas(num_steps, resolution)
+        *_, last = rollout(velocity, draw(), sigmas, noise_level, sde, draw)
+        return self.decode(last.x_next, adapter if strict else None)
 
     @torch.no_grad()
     def save_pipeline(self, folder, name):
-        """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use after it."""
+        """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use
+        after it."""
         for layer in self.transformer.modules():
             if isinstance(layer, LoRALinear):
                 if name in layer.lora_A:
@@ -578,10 +596,11 @@ class Model:
         self.pipe.save_pretrained(folder + ".new")
         os.rename(folder + ".new", folder)
 
-    # -- adapters ------------------------------------------------------------------------------------------------------
+    # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
-        """A LoRA, as load_adapter; or a full fine-tune: the folder or hub id of a pipeline or of its transformer."""
+        """A LoRA, as load_adapter; or a full fine-tune: the folder or hub id of a pipeline or of its
+        transformer."""
         folder = transformer_folder(locate(path))
         if not folder:
             return self.load_adapter(name, path)
@@ -591,23 +610,13 @@ class Model:
             die(f"{path}: a {found}; this model's transformer is a {kind.__name__}")
         network = load_network(kind, folder, self.dtype, self.device)
         ours, theirs = self.transformer.config, network.config
-        inputs = (
-            "in_channels",
-            "patch_size",
-            "joint_attention_dim",
-            "pooled_projection_dim",
-            "pos_embed_max_size",
-            "guidance_embeds",
-            "cap_feat_dim",
-            "caption_channels",
-        )
-        odd = [
-            f"{key} is {theirs.get(key)}, the model's {ours[key]}"
-            for key in inputs
-            if key in ours and theirs.get(key) != ours[key]
-        ]
-        if odd:
-            die(f"{path}: a transformer that does not fit this model: {listing(odd)}")
+        for key in INPUTS:
+            if key in ours and theirs.get(key) != ours[key]:
+                die(
+                    f"{path}: it does not fit this model: {key} is {theirs.get(key)}, the model's {ours[key]}"
+                )
+        size = sum(p.nbytes for p in network.parameters()) / 1e9
+        say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more on every device")
         self.full[name] = network
         self.sources[name] = path
 
@@ -623,14 +632,15 @@ class Model:
         self.add_adapter(name, lora)
 
     def load_adapter(self, name, path):
-        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit; what does not is named."""
+        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit;
+        what does not is named."""
         lora = read_lora(path, self.pipe.transformer, type(self.pipe))
         mixed = [n for n in lora if n.startswith(self.token_layers)]
-        if mixed:
-            die(
-                f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in "
-                "one row, so that they could not have different adapters"
-            )
+        check(
+            not mixed,
+            f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in one "
+            "row, so that they could not have different adapters",
+        )
         self.add_adapter(name, lora)
         self.sources[name] = path
 
@@ -654,12 +664,12 @@ class Model:
 
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
-        weights, layers = self.weights(name), dict(self.pipe.transformer.named_modules())
-        return {
-            n: (p.detach(), weights[n, "B"].detach(), layers[n].scaling[name] * len(p))
-            for (n, kind), p in weights.items()
-            if kind == "A"
-        }
+        found = {}
+        for n, layer in self.pipe.transformer.named_modules():
+            if isinstance(layer, LoRALinear) and name in layer.lora_A:
+                A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
+                found[n] = A, B, layer.scaling[name] * len(A)
+        return found
 
     def copy_adapter(self, source, name):
         """A frozen twin of an adapter under another name."""
@@ -822,15 +832,9 @@ FAMILIES = {
 def load_model(args, device):
     """The Model that a script's flags describe, of the family that the pipeline belongs to."""
     family = FAMILIES[pipeline_folder(args.model, only=())[1].__name__]
-    return family(
-        args.model,
-        getattr(torch, args.dtype),
-        device,
-        not args.no_t5,
-        args.offload_text_encoders,
-        getattr(args, "gradient_checkpointing", False),
-        args.max_sequence_length,
-    )
+    checkpointing = getattr(args, "gradient_checkpointing", False)
+    options = (not args.no_t5, args.offload_text_encoders, checkpointing, args.max_sequence_length)
+    return family(args.model, getattr(torch, args.dtype), device, *options)
 
 
 def flag_defaults(model):
@@ -852,8 +856,10 @@ def join_rows(first, *others):
 
 def take_rows(cond, rows):
     """Those rows of what `encode` returned, by their numbers."""
-    of = lambda c: [c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)]
-    return tuple(of(c) for c in cond)
+    found = []
+    for c in cond:
+        found.append([c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)])
+    return tuple(found)
 
 
 def text_parts(pipe):
@@ -869,6 +875,39 @@ def text_parts(pipe):
 
 def is_clip(encoder):
     return type(encoder).__name__.startswith("CLIP")
+
+
+def what_fits(model, most, shape, guidance):
+    """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
+    until a step of a rollout, labelled and learnt, fits into the memory of every process's GPU. guidance: of
+    what is trained."""
+    params, text = model.adapters[model.trained], "a " * model.max_length
+
+    def learn(size):
+        later = [torch.empty_like(p) for p in params for _ in range(4)]  # noqa: F841 - AdamW's and reduction's
+        x = torch.zeros(size, *shape, device=model.device)
+        cond = model.encode([text] * size)  # as long as it can be
+        v = model.velocity(x, 0.5, cond, model.trained, guidance)
+        with torch.no_grad():
+            model.velocity(x, 0.5, cond, "base", 2.0 if model.guidable else 1.0)
+        v.sum().backward()
+
+    size = min(most, 16)
+    while torch.device(model.device).type != "cpu":
+        failed = 0.0
+        try:
+            learn(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            failed = 1.0
+        for p in params:
+            p.grad = None
+        torch.cuda.empty_cache()
+        if not reduce_sum(torch.tensor(failed, device=model.device)).item():
+            break
+        size //= 2
+    return size
 
 
 def fuse_norms(network):
@@ -950,6 +989,9 @@ def load_network(kind, folder, dtype, device):
     return network
 
 
+# -- LoRA files --------------------------------------------------------------------------------------------
+
+
 def linear_layers(network):
     """{module name: its linear layer}."""
     return {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -966,6 +1008,9 @@ def skeleton(model):
         return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json"))), pipeline
 
 
+PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+
+
 def read_lora(path, network, pipeline):
     """A LoRA for `network`, the transformer of a diffusers pipeline of class `pipeline`, as {module: (A (r,
     in), B (out, r), alpha)}, float32 on the CPU. Either it is just what its files say, alpha/r B A more for
@@ -973,21 +1018,13 @@ def read_lora(path, network, pipeline):
     from peft.tuners.tuners_utils import check_target_module_exists
     from safetensors.torch import load_file
 
-    folder = locate(path)
-    if transformer_folder(folder):
-        die(f"{path}: a full fine-tune; here only a LoRA will do")
-    file = folder
-    if os.path.isdir(folder):
-        names = [
-            name
-            for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-            if os.path.exists(os.path.join(folder, name))
-        ]
-        if not names:
-            die(
-                f"{path}: neither adapter_model.safetensors (PEFT) nor pytorch_lora_weights.safetensors (diffusers) is in it"
-            )
-        file = os.path.join(folder, names[0])
+    file = locate(path)
+    check(not transformer_folder(file), f"{path}: a full fine-tune; here only a LoRA will do")
+    if os.path.isdir(file):
+        both = [os.path.join(file, name) for name in (PEFT_FILE, DIFFUSERS_FILE)]
+        found = [name for name in both if os.path.exists(name)]
+        check(found, f"{path}: neither {PEFT_FILE} (PEFT) nor {DIFFUSERS_FILE} (diffusers) is in it")
+        file = found[0]
     header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
     config, default_alpha = lora_settings(file, header, tensors)
     parts, alphas, strange = lora_parts(tensors, layers)
@@ -1022,12 +1059,13 @@ def read_lora(path, network, pipeline):
             wrong.append(f"{n} has A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {shape}")
         if not A.isfinite().all() or not B.isfinite().all() or not math.isfinite(alpha):
             wrong.append(f"{n} has values that are not finite")
-        lora[n] = A, B, alpha * math.sqrt(rank) if config and config.use_rslora else alpha
+        if config and config.use_rslora:
+            alpha *= math.sqrt(rank)
+        lora[n] = A, B, alpha
     missing = [n for n in layers if config and n not in lora and check_target_module_exists(config, n)]
     if missing:
         wrong.append(f"{len(missing)} layers that its settings target have no weights: {listing(missing)}")
-    if wrong:
-        die(f"{path}: {listing(wrong)}")
+    check(not wrong, f"{path}: {listing(wrong)}")
     if assumed and not any(key.endswith(".alpha") for key in tensors):  # what diffusers converts has it in B
         say(f"note: {path} says nothing of its alpha; taken to be its rank, as diffusers does")
     return lora
@@ -1045,14 +1083,14 @@ def lora_settings(file, header, keys):
     A is not all that the LoRA does to this base are refused."""
     from peft import LoraConfig, PeftConfig
 
-    place, peft_keys = file, any(key.startswith("base_model.model.") for key in keys)
+    is_peft = any(key.startswith("base_model.model.") for key in keys) or os.path.basename(file) == PEFT_FILE
+    source = file
     if "lora_adapter_metadata" in header:  # diffusers'
         config = json_object(header["lora_adapter_metadata"], file)
-    elif peft_keys or os.path.basename(file) == "adapter_model.safetensors":
-        place = os.path.join(os.path.dirname(file), "adapter_config.json")
-        if not os.path.exists(place):
-            die(f"{file}: a PEFT LoRA without its adapter_config.json")
-        config = read_json(place)
+    elif is_peft:
+        source = os.path.join(os.path.dirname(file), "adapter_config.json")
+        check(os.path.exists(source), f"{file}: a PEFT LoRA without its adapter_config.json")
+        config = read_json(source)
     else:
         for key in ("lora_alpha", "alpha", "ss_network_alpha"):
             with contextlib.suppress(KeyError, ValueError):
@@ -1060,11 +1098,11 @@ def lora_settings(file, header, keys):
         return None, None
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     start = config.get("init_lora_weights", True)
-    if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        die(
-            f'{place}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
-            "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
-        )
+    check(
+        start in (True, False, None, "gaussian", "eva", "orthogonal"),
+        f'{source}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
+        "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it",
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
@@ -1072,17 +1110,15 @@ def lora_settings(file, header, keys):
         plain = isinstance(settings, LoraConfig) and isinstance(settings.r, int) and settings.target_modules
         plain = plain and isinstance(settings.lora_alpha, (int, float))
     except Exception as error:
-        die(f"{place}: not the settings of a LoRA ({first_line(error)})")
-    if not plain:
-        needed = ("peft_type", "r", "lora_alpha", "target_modules")
-        seen = ", ".join(f"{key} {config.get(key)!r}" for key in needed)
-        die(f"{place}: not the settings of a plain LoRA: {seen}")
+        die(f"{source}: not the settings of a LoRA ({first_line(error)})")
+    needed = ("peft_type", "r", "lora_alpha", "target_modules")
+    seen = ", ".join(f"{key} {config.get(key)!r}" for key in needed)
+    check(plain, f"{source}: not the settings of a plain LoRA: {seen}")
     more = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
     more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # not marked by peft 0.18
     more |= {"layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
     more = sorted(key for key in config if config[key] and (key in more or not hasattr(settings, key)))
-    if more:
-        die(f"{place}: more than a plain LoRA: it sets {listing(more)}")
+    check(not more, f"{source}: more than a plain LoRA: it sets {listing(more)}")
     return settings, None
 
 
@@ -1094,12 +1130,12 @@ LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs tha
 
 def lora_parts(tensors, layers):
     """({module: (A, B)}, {module: alpha}, [what belongs to neither]) of a LoRA file's tensors."""
-    flat = {n.replace(".", "_"): n for n in layers}
+    with_underscores = {n.replace(".", "_"): n for n in layers}
     halves, alphas, strange = {}, {}, []
     for key, tensor in tensors.items():
-        m = LORA_KEY.fullmatch(key)
-        n = flat.get(m[1], m[1]) if m else None
-        kind = "A" if m and m[2] else "B" if m and m[3] else "alpha"
+        name, down, up = LORA_KEY.fullmatch(key).groups() if LORA_KEY.fullmatch(key) else (None, None, None)
+        n = with_underscores.get(name, name)
+        kind = "A" if down else "B" if up else "alpha"
         if n not in layers or kind in halves.get(n, ()):
             strange.append(key)
         elif kind == "alpha":
@@ -1112,117 +1148,97 @@ def lora_parts(tensors, layers):
 
 
 def save_lora(lora, folder):
-    """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors), and the one that
-    `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha in its metadata: without it diffusers
-    takes alpha = rank, and the picture is another one."""
+    """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors),
+    and the one that `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha
+    in its metadata: without it diffusers takes alpha = rank, and the picture is another one."""
+    from peft import LoraConfig
     from safetensors.torch import save
+
+    rank, alpha = next((len(A), alpha) for A, _, alpha in lora.values())  # the first layer's
+    ranks = {n: len(A) for n, (A, _, _) in lora.items() if len(A) != rank}
+    alphas = {n: its_alpha for n, (_, _, its_alpha) in lora.items() if its_alpha != alpha}
+    config = LoraConfig(r=rank, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas).to_dict()
+    config |= {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
+    config = json.loads(json.dumps(config, default=str))
+    tensors = {}
+    for n, (A, B, _) in lora.items():
+        tensors[f"{n}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"{n}.lora_B.weight"] = B.detach().cpu().contiguous()
 
     final = os.path.realpath(folder)
     folder = final + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    config = lora_config(lora).to_dict() | {
-        "inference_mode": True,
-        "target_modules": sorted(lora),
-        "peft_type": "LORA",
-    }
-    config = json.loads(json.dumps(config, default=str))
-    tensors = {
-        f"{n}.lora_{kind}.weight": p.detach().cpu().contiguous()
-        for n, ab in lora.items()
-        for kind, p in zip("AB", ab)
-    }
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    write(
-        os.path.join(folder, "adapter_model.safetensors"),
-        save({"base_model.model." + k: v for k, v in tensors.items()}, {"format": "pt"}),
-    )
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(
-            {"transformer." + k: v for k, v in config.items()}, sort_keys=True
-        ),
-    }
-    write(
-        os.path.join(folder, "pytorch_lora_weights.safetensors"),
-        save({"transformer." + k: v for k, v in tensors.items()}, metadata),
-    )
+    peft_tensors = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    write(os.path.join(folder, PEFT_FILE), save(peft_tensors, {"format": "pt"}))
+    its_config = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
+    its_tensors = {f"transformer.{key}": tensor for key, tensor in tensors.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": its_config}
+    write(os.path.join(folder, DIFFUSERS_FILE), save(its_tensors, metadata))
     replace_folder(folder, final)
 
 
-def lora_config(lora):
-    """peft's LoraConfig for {module: (A, B, alpha)}: the first layer's rank and alpha, and patterns for those that differ."""
-    from peft import LoraConfig
-
-    rank, alpha = next((len(A), alpha) for A, _, alpha in lora.values())
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(lora),
-        rank_pattern={n: len(A) for n, (A, _, _) in lora.items() if len(A) != rank},
-        alpha_pattern={n: al for n, (_, _, al) in lora.items() if al != alpha},
-    )
-
-
 def merge_loras(parts):
-    """The exact weighted average of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k with the weights scaled to sum to 1, as
-    one LoRA whose rank is the sum of theirs. parts: [({module: (A, B, alpha)}, weight), ...] -> {module: (A, B, alpha)}.
+    """The exact weighted average of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k with the weights
+    scaled to sum to 1, as one LoRA whose rank is the sum of theirs. parts: [({module: (A, B, alpha)},
+    weight), ...] -> {module: (A, B, alpha)}.
 
     Averaging the A's and the B's instead is not that: it keeps 1/K^2 of each product and adds cross terms."""
-    total, merged = sum(w for _, w in parts), {}
+    total, merged = sum(weight for _, weight in parts), {}
     for n in dict.fromkeys(n for lora, _ in parts for n in lora):
-        terms = [(*lora[n][:2], w / total * lora[n][2] / len(lora[n][0])) for lora, w in parts if n in lora]
-        A = torch.cat([a * abs(c) ** 0.5 for a, _, c in terms])
-        B = torch.cat([b * math.copysign(abs(c) ** 0.5, c) for _, b, c in terms], dim=1)  # alpha may be < 0
-        merged[n] = A, B, len(A)
+        As, Bs = [], []
+        for lora, weight in parts:
+            if n in lora:
+                A, B, alpha = lora[n]
+                factor = weight / total * alpha / len(A)
+                root = abs(factor) ** 0.5
+                As.append(A * root)
+                Bs.append(B * math.copysign(root, factor))  # alpha may be negative
+        merged[n] = torch.cat(As), torch.cat(Bs, dim=1), sum(map(len, As))
     return merged
 
 
 def truncate_lora(lora, rank):
     """The best approximation of every module's delta at a lower rank (SVD), in the same form."""
-    out = {}
+    found = {}
     for n, (A, B, alpha) in lora.items():
-        (Qb, Rb), (Qa, Ra) = (
-            torch.linalg.qr(B.double()),
-            torch.linalg.qr(A.double().T),
-        )  # B A = Qb (Rb Ra^T) Qa^T
+        Qb, Rb = torch.linalg.qr(B.double())
+        Qa, Ra = torch.linalg.qr(A.double().T)  # B A = Qb (Rb Ra^T) Qa^T
         U, S, Vh = torch.linalg.svd(Rb @ Ra.T * (alpha / len(A)))
         root = S[:rank].sqrt()
-        out[n] = (
-            (root[:, None] * (Vh[:rank] @ Qa.T)).float(),
-            (Qb @ U[:, :rank] * root).float(),
-            min(rank, len(S)),
-        )
-    return out
+        new_A = root[:, None] * (Vh[:rank] @ Qa.T)
+        new_B = Qb @ U[:, :rank] * root
+        found[n] = new_A.float(), new_B.float(), len(root)
+    return found
 
+
+# -- where things lie --------------------------------------------------------------------------------------
 
 HUB_PATH = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)/?")  # OWNER/REPOSITORY, and what is in it
 
 
 def locate(path):
-    """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is; what the hub has, OWNER/REPOSITORY or a folder or
-    a .safetensors file in it, OWNER/REPOSITORY/PATH, is downloaded once."""
+    """Where a LoRA or a fine-tuned transformer lies on this disk: a path stays what it is; what the hub has,
+    OWNER/REPOSITORY or a folder or a .safetensors file in it, OWNER/REPOSITORY/PATH, is downloaded once."""
     if os.path.exists(path):
         return path
-    if not (m := HUB_PATH.fullmatch(path)):
-        die(f"{path}: no such LoRA folder or file")
-    repo, inside = m[1], m[2].strip("/")
-    folder, file = os.path.split(inside) if inside.endswith(".safetensors") else (inside, "")
-    wanted = (
-        [file, "adapter_config.json"]
-        if file
-        else [
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "pytorch_lora_weights.safetensors",  # a LoRA
+    named = HUB_PATH.fullmatch(path)
+    check(named, f"{path}: no such LoRA folder or file")
+    repo, inside = named[1], named[2].strip("/")
+    if inside.endswith(".safetensors"):
+        folder, file = os.path.split(inside)
+        wanted = [file, "adapter_config.json"]
+    else:
+        folder = inside
+        wanted = ["adapter_config.json", PEFT_FILE, DIFFUSERS_FILE]
+        wanted += [
             "config.json",
             "diffusion_pytorch_model*",
             "transformer/*",
-        ]
-    )  # a transformer, alone or of a pipeline
+        ]  # a transformer's or a pipeline's
     found = os.path.join(fetch(repo, [os.path.join(folder, name) for name in wanted]), inside)
-    if not os.path.exists(found):
-        die(f"{path}: {repo} is on the hub, but has no {inside}")
+    check(os.path.exists(found), f"{path}: {repo} is on the hub, but has no {inside}")
     return found.rstrip("/")
 
 
@@ -1245,9 +1261,8 @@ def fetch(repo, patterns):
     try:
         folder = snapshot_download(repo, revision=REVISIONS.get(repo), allow_patterns=patterns)
     except Exception as error:
-        die(
-            f"{repo}: neither a local path nor to be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
-        )
+        kind = type(error).__name__
+        die(f"{repo}: neither a local path nor to be had from the hub ({kind}: {first_line(error)})")
     REVISIONS[repo] = os.path.basename(folder)
     return folder
 
@@ -1278,23 +1293,6 @@ def pipeline_folder(model, left_out=(), only=None):
     return folder, kind, {part: names for part, names in index.items() if isinstance(names, list)}
 
 
-def read_json(file):
-    """The object in a JSON file; what is not one ends the program with the file's name."""
-    try:
-        with open(file, encoding="utf-8-sig") as f:
-            return json_object(f.read(), file)
-    except (OSError, ValueError) as error:
-        die(f"{file}: cannot be read ({first_line(error)})")
-
-
-def json_object(text, file):
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        die(f"{file}: not JSON ({error})")
-    return found if isinstance(found, dict) else die(f"{file}: not a JSON object")
-
-
 def read_header(file):
     """({key: dtype}, {name: text}) of a safetensors file; one that is not whole ends the program with its
     name."""
@@ -1302,24 +1300,17 @@ def read_header(file):
 
     try:
         with safe_open(file, "pt") as f:
-            return {key: f.get_slice(key).get_dtype() for key in f.keys()}, f.metadata() or {}
+            return {key: f.get_slice(key).get_dtype() for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except Exception as error:
         with open(file, "rb") as f:
             pointer = f.read(40).startswith(b"version https://git-lfs")
-        die(
-            f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned"
-            if pointer
-            else f"{file}: not a whole safetensors file ({first_line(error)})"
-        )
+        check(not pointer, f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned")
+        die(f"{file}: not a whole safetensors file ({first_line(error)})")
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ======================================================================================================================
-# 3. What a run reads and leaves behind
-# ======================================================================================================================
+# ============================================================================================================
+# 3. What a run needs: flags, prompts, processes, a folder of its own
+# ============================================================================================================
 
 
 def say(message):
@@ -1333,41 +1324,45 @@ def die(message):
     raise SystemExit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
-def report(flags, kind, error, trace):
-    """sys.excepthook: a full disk or GPU is no bug, so it gets one line too. flags: what the script can save
-    memory with."""
-    if isinstance(error, torch.OutOfMemoryError):
-        print(
-            f"{os.path.basename(sys.argv[0])}: the GPU's memory is full; less of it is needed with "
-            f"{', '.join(flags)} ({str(error).splitlines()[0][:160]})",
-            file=sys.stderr,
-        )
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(
-            f"{os.path.basename(sys.argv[0])}: {error.strerror}: {error.filename or 'a file of this run'} could not be written; what was "
-            f"saved before is whole. Make room, then {go_on}",
-            file=sys.stderr,
-        )
-    else:
-        sys.__excepthook__(kind, error, trace)
+def check(holds, message):
+    """End the program with one clear line unless this holds."""
+    if not holds:
+        die(message)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listing(names, most=4):
-    return ", ".join(map(str, list(names)[:most])) + (
-        f", ... ({len(names)} in all)" if len(names) > most else ""
-    )
+    """The first few of a list, for a message, and how many there are."""
+    names = list(map(str, names))
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+# -- flags -------------------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults of all flags; some flags have one for every family of models."""
+
+    def _get_help_string(self, action):
+        if action.dest in Model.defaults:
+            usual = Model.defaults[action.dest]
+            families = {family.__name__: family.defaults[action.dest] for family in FAMILIES.values()}
+            others = ", ".join(f"{name} {value}" for name, value in families.items() if value != usual)
+            return f"{action.help} (default: {usual}, but {others})"
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
     fit it; what neither says is the default of the model's family. parser.given: the names of what was
     typed."""
-    global go_on
-    known = parser._option_string_actions
-    go_on = "--resume auto goes on" if "--resume" in known else "the same command goes on"
-    batch = "--micro-batch-size 1" if "--micro-batch-size" in known else "--batch-size 1"
-    frugal = [batch, "--eval-batch-size 1", "--gradient-checkpointing", "--offload-text-encoders", "--no-t5"]
-    sys.excepthook = functools.partial(report, [flag for flag in frugal if flag.split()[0] in known])
+    catch_full(parser._option_string_actions)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
@@ -1377,7 +1372,7 @@ def parse_args(parser, toy):
     typed = vars(parser.parse_known_args(namespace=nothing)[0])
     parser.given = {name for name, value in typed.items() if value is not None}
     if "model" not in parser.given:
-        parser.set_defaults(**{name: at_home(value) for name, value in toy.items()})
+        parser.set_defaults(**{name: from_anywhere(value) for name, value in toy.items()})
     args = parser.parse_args()
     open_flags = [name for name in Model.defaults if getattr(args, name, "") is None]
     if open_flags:
@@ -1386,33 +1381,43 @@ def parse_args(parser, toy):
             setattr(args, name, defaults[name])
         if "model" in parser.given:
             say(f"{args.model}, its defaults: {as_flags({name: defaults[name] for name in open_flags})}")
-    for action in parser._actions:
-        values, least = (
-            getattr(args, action.dest, None),
-            1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0,
-        )
-        for value in values if isinstance(values, list) else [values]:
-            if action.type in (int, float) and value is not None and not value >= least:
-                die(f"{action.option_strings[0]} {value}: must be at least {least}")
-    if not getattr(args, "ema", 0) < 1:
-        die(f"--ema {args.ema}: must be below 1")
-    if getattr(args, "sde", None) == "cps" and args.noise_level > 1:
-        die(f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1")
-    if getattr(args, "track", None) and not importlib.util.find_spec(args.track):
-        die(f"--track {args.track}: pip install {args.track}")
+    check_numbers(parser._actions, args)
+    if getattr(args, "track", None):
+        check(importlib.util.find_spec(args.track), f"--track {args.track}: pip install {args.track}")
     return args
+
+
+def check_numbers(actions, args):
+    """Refuse numbers that are too small: counts below 1, others below 0."""
+    for action in actions:
+        values = getattr(args, action.dest, None)
+        if action.type not in (int, float) or values is None:
+            continue
+        least = 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
+        for value in values if isinstance(values, list) else [values]:
+            check(value >= least, f"{action.option_strings[0]} {value}: must be at least {least}")
+    check(getattr(args, "ema", 0) < 1, f"--ema {getattr(args, 'ema', 0)}: must be below 1")
+    if getattr(args, "sde", None) == "cps":
+        check(
+            args.noise_level <= 1,
+            f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1",
+        )
 
 
 def as_flags(defaults):
     """{"batch_size": 8} -> "--batch-size 8", for the eye; without the model."""
-    words = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in defaults.items()}
-    return ", ".join(f"--{name.replace('_', '-')} {v}" for name, v in words.items() if name != "model")
+    flags = []
+    for name, value in defaults.items():
+        if name != "model":
+            words = value if isinstance(value, list) else [value]
+            flags.append(f"--{name.replace('_', '-')} {' '.join(map(str, words))}")
+    return ", ".join(flags)
 
 
-def at_home(value):
+def from_anywhere(value):
     """A default of the toy with its files found from any working folder."""
     if isinstance(value, list):
-        return [at_home(v) for v in value]
+        return [from_anywhere(v) for v in value]
     if not isinstance(value, str) or os.getcwd() == HERE:
         return value
     return re.sub("(^|=)toy/", lambda m: f"{m[1]}{HERE}/toy/", value)
@@ -1421,63 +1426,67 @@ def at_home(value):
 def refuse_given(parser, flags, reason):
     """End the program if one of these flags was typed, since it would do nothing."""
     for flag in flags:
-        if flag in parser.given:
-            die(f"--{flag}: {reason}")
+        check(flag not in parser.given, f"--{flag}: {reason}")
 
 
-class Help(argparse.HelpFormatter):
-    """--help on a wide screen, one line a flag where it fits, defaults shown where there are any."""
+def catch_full(known):
+    """A full disk or a full GPU is no bug: it gets one line too. known: the script's flags."""
+    global go_on
+    go_on = "--resume auto goes on" if "--resume" in known else "the same command goes on"
+    batch = "--micro-batch-size 1" if "--micro-batch-size" in known else "--batch-size 1"
+    frugal = [batch, "--eval-batch-size 1", "--gradient-checkpointing", "--offload-text-encoders", "--no-t5"]
+    advice = ", ".join(flag for flag in frugal if flag.split()[0] in known)
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=128)
+    def hook(kind, error, trace):
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (
+                f"the GPU's memory is full; less of it is needed with {advice} ({first_line(error)[:160]})"
+            )
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = (
+                f"{error.strerror}: {error.filename or 'a file of this run'} could not be written; "
+                f"what was saved before is whole. Make room, then {go_on}"
+            )
+        else:
+            return sys.__excepthook__(kind, error, trace)
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
 
-    def _get_help_string(self, action):
-        if action.dest in Model.defaults:
-            usual, others = Model.defaults[action.dest], {}
-            for family in FAMILIES.values():
-                if family.defaults[action.dest] != usual:
-                    others[family.__name__] = family.defaults[action.dest]
-            listed = ", ".join(f"{family} {value}" for family, value in others.items())
-            return f"{action.help} (default: {usual}, but {listed})"
-        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        return action.help + ("" if silent else " (default: %(default)s)")
-
-    def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, "PATH")
-
-    def _format_args(self, action, metavar):
-        return (
-            f"{action.metavar or metavar} ..."
-            if action.nargs in ("+", "*")
-            else super()._format_args(action, metavar)
-        )
+    sys.excepthook = hook
 
 
 def split_options(flag, spec, **options):
     """ "value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
     value, found = spec, dict(options)
-    while m := re.fullmatch(rf"(.*),({'|'.join(options)})=([^,]*)", value, re.DOTALL) if options else None:
-        if not re.fullmatch(r"\d+\.?\d*|\.\d+", m[3]):
-            die(f"{flag} {spec}: {m[2]} must be a number")
-        value, found[m[2]] = m[1], float(m[3])
+    pattern = re.compile(rf"(.*),({'|'.join(options)})=([^,]*)", re.DOTALL)
+    match = pattern.fullmatch(value) if options else None
+    while match:
+        value, key, number = match.groups()
+        check(re.fullmatch(r"\d+\.?\d*|\.\d+", number), f"{flag} {spec}: {key} must be a number")
+        found[key] = float(number)
+        match = pattern.fullmatch(value)
     return value, found
 
 
 def parse_specs(flag, specs, **options):
-    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused with the flag's name."""
-    out = {}
+    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused with the
+    flag's name."""
+    found = {}
+    extras = "".join(f"[,{key}=NUMBER]" for key in options)
     for spec in specs or []:
-        name, eq, rest = spec.partition("=")
+        name, equals, rest = spec.partition("=")
         value, fields = split_options(flag, rest, **options)
-        if not eq or not value or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-            extras = "".join(f"[,{key}=NUMBER]" for key in options)
-            die(f"{flag} {spec}: expected NAME=VALUE{extras}, NAME of letters, digits, - and _")
-        if name in out:
-            die(f"{flag}: {name} is given twice")
-        out[name] = {"value": value, **fields}
-    if out and "weight" in options and not sum(s["weight"] for s in out.values()):
-        die(f"{flag}: all weights are 0")
-    return out
+        check(
+            equals and value and re.fullmatch(r"[A-Za-z][\w-]*", name),
+            f"{flag} {spec}: expected NAME=VALUE{extras}, NAME of letters, digits, - and _",
+        )
+        check(name not in found, f"{flag}: {name} is given twice")
+        found[name] = {"value": value, **fields}
+    if found and "weight" in options:
+        check(any(spec["weight"] for spec in found.values()), f"{flag}: all weights are 0")
+    return found
+
+
+# -- prompts -----------------------------------------------------------------------------------------------
 
 
 def load_prompts(task, path):
@@ -1489,16 +1498,15 @@ def load_prompts(task, path):
     for place, row in read_rows(path):
         if isinstance(row, str):
             row = {"prompt": row}
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            die(f'{path}: {place} has no "prompt"')
+        text = row.get("prompt") if isinstance(row, dict) else None
+        check(isinstance(text, str) and text.strip(), f'{path}: {place} has no "prompt"')
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             die(f"{path}: {place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
         if task is None or row.get("task", task) == task:
             prompts.append(row)
-    if not prompts:
-        die(f"{path}: no prompts in it" + (f' for the task "{task}"' if task else ""))
+    check(prompts, f"{path}: no prompts in it" + (f' for the task "{task}"' if task else ""))
     return prompts
 
 
@@ -1533,12 +1541,14 @@ def read_table(text, path, delimiter):
     try:
         columns = table.fieldnames or []
         named = [name for name in columns if name.strip().lower() in ("prompt", "prompts")]
-        if len(named) != 1:
-            die(f"{path}: its header must name one column prompt; it has {listing(columns, 9) or 'none'}")
+        seen = listing(columns, 9) or "none"
+        check(len(named) == 1, f"{path}: its header must name one column prompt; it has {seen}")
         for row in table:
             place = f"line {table.line_num}"
-            if None in row:
-                die(f"{path}: {place} has more columns than the header; quote what has a {delimiter!r}")
+            check(
+                None not in row,
+                f"{path}: {place} has more columns than the header; quote what has a {delimiter!r}",
+            )
             row["prompt"] = row.pop(named[0])
             rows.append((place, {name: value for name, value in row.items() if value is not None}))
     except csv.Error as error:
@@ -1549,8 +1559,7 @@ def read_table(text, path, delimiter):
 def read_text(path):
     """A UTF-8 file's text, also gzipped; another encoding is refused by its name."""
     try:
-        with open(path, "rb") as f:
-            data = f.read()
+        data = pathlib.Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
@@ -1562,101 +1571,64 @@ def read_text(path):
         seen = "UTF-16" if b"\0" in data else "cp1252"
         line = data.count(b"\n", 0, error.start) + 1
         die(f"{path}: line {line} is not UTF-8, it looks like {seen}; convert it: iconv -f {seen} -t UTF-8")
-    if "\0" in text:
-        die(f"{path}: not UTF-8, it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    check("\0" not in text, f"{path}: not UTF-8, it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     return text
 
 
 def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
-    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). mixed: tasks in proportion to
-    their weights by systematic sampling, so that every batch is as balanced as it can be. alternate: all of one task, each in
-    turn for as many updates as its weight says."""
+    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). mixed:
+    tasks in proportion to their weights by systematic sampling, so that every batch is as balanced as it can
+    be. alternate: all of one task, each in turn for as many updates as its weight says."""
     rng = np.random.default_rng([seed, step])
     tasks = list(prompts)
     if schedule == "alternate":
         turns = [task for task in tasks for _ in range(int(weights[task]))]
         weights = {task: float(task == turns[step % len(turns)]) for task in tasks}
-    edges = np.cumsum([weights[t] for t in tasks]) / sum(weights[t] for t in tasks)
-    slots = np.searchsorted(edges, (np.arange(count) + rng.random()) / count, side="right").clip(
-        max=len(tasks) - 1
-    )
-    return [(tasks[s], prompts[tasks[s]][rng.integers(len(prompts[tasks[s]]))]) for s in slots]
+    edges = np.cumsum([weights[task] for task in tasks]) / sum(weights[task] for task in tasks)
+    places = (np.arange(count) + rng.random()) / count
+    slots = np.searchsorted(edges, places, side="right").clip(max=len(tasks) - 1)
+    batch = []
+    for slot in slots:
+        rows = prompts[tasks[slot]]
+        batch.append((tasks[slot], rows[rng.integers(len(rows))]))
+    return batch
+
+
+# -- processes ---------------------------------------------------------------------------------------------
 
 
 def start_processes(track=None, out=None):
-    """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join torchrun's CPU processes: left to
-    itself, every one of them would take itself for the only one."""
+    """accelerate's Accelerator: device, process group, trackers. Without a GPU it must be told to join
+    torchrun's CPU processes: left to itself, every one of them would take itself for the only one."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
-        if os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true"):
-            die(
-                f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
-                "accelerate launch --multi_gpu"
-            )
-    patience = InitProcessGroupKwargs(
-        timeout=datetime.timedelta(hours=2)
-    )  # for one another; one that dies is noticed by torchrun at once
-    return Accelerator(
-        kwargs_handlers=[patience],
-        cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ,
-        log_with=track,
-        project_dir=out,
-    )
+        asked = os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true")
+        check(
+            not asked,
+            f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
+            "accelerate launch --multi_gpu",
+        )
+    # How long processes wait for one another; one that dies is noticed by torchrun at once.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    cpu = not torch.cuda.is_available() and "WORLD_SIZE" in os.environ
+    return Accelerator(kwargs_handlers=[patience], cpu=cpu, log_with=track, project_dir=out)
 
 
 def end_processes(accelerator, failure=None):
-    """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads sometimes abort a process whose
-    interpreter is shutting down, and so do threads that still score pictures: then that is skipped."""
+    """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads
+    sometimes abort a process whose interpreter is shutting down, and so do threads that still score pictures:
+    then that is skipped."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if accelerator.num_processes > 1 or any(t.name.startswith("reward ") for t in threading.enumerate()):
+    scoring = any(thread.name.startswith("reward ") for thread in threading.enumerate())
+    if accelerator.num_processes > 1 or scoring:
         if failure:
             print(f"{os.path.basename(sys.argv[0])}: {failure}", file=sys.stderr)
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(1 if failure else 0)
-    if failure:
-        die(failure)
-
-
-def reduce_gradients(params, count):
-    """Sum the gradients over all processes in one reduction, and divide by `count`, the number of samples x steps x dimensions.
-    Losses are summed over all three before backward and divided only here, in float32: the gradient of a mean over 65,536
-    dimensions would round to zero in half precision. A parameter that this process had no use for has a gradient of zero."""
-    flat = reduce_sum(
-        torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-    )
-    for p, g in zip(params, (flat / count).split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
-
-
-def what_fits(model, most, shape, guidance):
-    """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
-    until a step of a rollout, labelled and learnt, fits into the memory of every process's GPU. guidance: of
-    what is trained."""
-    size, params, text = min(most, 16), model.adapters[model.trained], "a " * model.max_length
-    while torch.device(model.device).type != "cpu":
-        failed = 0.0
-        try:
-            later = [torch.empty_like(p) for p in params for _ in range(4)]  # for AdamW and the reduction
-            x = torch.zeros(size, *shape, device=model.device)
-            cond = model.encode([text] * size)  # as long as it can be
-            v = model.velocity(x, 0.5, cond, model.trained, guidance)
-            with torch.no_grad():
-                model.velocity(x, 0.5, cond, "base", 2.0 if model.guidable else 1.0)
-            v.sum().backward()
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            failed = 1.0
-        x = v = later = None
-        for p in params:
-            p.grad = None
-        torch.cuda.empty_cache()
-        if not reduce_sum(torch.tensor(failed, device=model.device)).item():
-            break
-        size //= 2
-    return size
+    check(not failure, failure)
 
 
 def reduce_sum(tensor):
@@ -1666,18 +1638,277 @@ def reduce_sum(tensor):
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
             die(
-                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends too: one has died, or this GPU is out of "
-                f"memory. What was saved before is whole, {go_on} ({str(error).splitlines()[0][:160]})"
+                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends "
+                "too: one has died, or this GPU is out of memory. What was saved before is whole, "
+                f"{go_on} ({first_line(error)[:160]})"
             )
     return tensor
 
 
-def update_average(ema, params, decay, update):
-    """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k weighs d^(n-k) / (1 + d + ... + d^(n-1)),
-    with d = decay^(1/8) (the paper: 0.9 once in 8 updates). The weights sum to 1 from the first update on, so where the run
-    started has none, and there is no warm-up to choose."""
-    d = decay ** (1 / 8)
-    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d**update))
+def descend(optimizer, params, count):
+    """One optimizer step on the mean gradient of all processes; returns its norm before it is clipped to 1. A
+    gradient that is not finite changes nothing.
+
+    Losses are summed over samples, steps and dimensions before backward, and divided by `count`, how many
+    that are, only here, in float32: the gradient of a mean over 65,536 dimensions would round to zero in
+    half precision. A parameter that this process had no use for has a gradient of zero."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    mean = reduce_sum(torch.cat([gradient.flatten() for gradient in gradients])) / count
+    for p, gradient in zip(params, mean.split([p.numel() for p in params])):
+        p.grad = gradient.view_as(p)
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to give up the update in hand, save what the updates before it made,
+    and leave: in seconds, since a preempted machine waits no longer. A second one, not at once (torchrun
+    passes on what a terminal sends too), ends it."""
+
+    def __init__(self):
+        self.name, self.since, self.failure = None, 0.0, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.name and time.monotonic() > self.since + 5:
+            die("interrupted")
+        self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
+
+    def fail(self, message):
+        """Leave in the same way, because something failed here: what was made before is saved, and the exit
+        status is 1."""
+        self.name, self.since, self.failure = "failure", time.monotonic(), message
+
+    def arrived(self, device):
+        """Whether any process was told to stop: the same answer on all of them, so none waits for one that
+        left."""
+        return reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0
+
+    def disarm(self):
+        """From here on Ctrl-C ends the program at once."""
+        self.name, self.since = "SIGINT", -math.inf
+
+
+# -- a run and its folder ----------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run: its processes, and its folder with log.jsonl, curves.png, args.json, lora/ and
+    checkpoints/. The three scripts that train make one, `begin` it when the model stands, and `report`,
+    `save` and `end` it."""
+
+    def __init__(self, args, out=None):
+        self.args, self.out = args, out or args.out
+        self.accelerator = start_processes(args.track, self.out)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.init = claim_folder(self.out, self.accelerator, args.resume, args.overwrite, args.init)
+
+    def begin(self, model, adapter, optimizer, files, settings):
+        """The step to go on from, 0 in a new run. Trained are the adapter and its average, named "ema".
+        files: {what: path} whose content makes the run what it is; settings: what else does, beside the
+        flags. From here on Ctrl-C and SIGTERM ask to stop."""
+        self.model, self.adapter, self.optimizer = model, adapter, optimizer
+        self.identity = run_identity(self.args, self.world, files) | settings
+        start = self.resume()
+        if self.rank == 0:
+            self.log = self.open_log(start)
+        if self.args.track:
+            flags = {name: str(value) for name, value in vars(self.args).items()}
+            self.accelerator.init_trackers("flow-opd", flags, {"wandb": {"dir": self.out}})
+        self.stop = StopSignal()
+        return start
+
+    def stopping(self):
+        """Whether any process was told to stop; all of them ask at the same place."""
+        return self.stop.arrived(self.device)
+
+    def report(self, record):
+        """A line of log.jsonl, and of the tracker."""
+        if self.args.track:
+            numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
+            self.accelerator.log(numbers, step=record["step"])
+        if self.rank == 0:
+            self.log.write(json.dumps(record) + "\n")
+            self.log.flush()
+
+    def save(self, step):
+        """checkpoints/STEP: the LoRA people can use (the average) and the state a run resumes from; written
+        beside and renamed. --keep says how many stay."""
+        if self.rank != 0:
+            return
+        root = os.path.join(self.out, "checkpoints")
+        temporary = os.path.join(root, ".new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_lora(self.model.lora("ema"), os.path.join(temporary, "lora"))
+        weights = {}
+        for adapter in (self.adapter, "ema"):
+            parameters = self.model.weights(adapter).items()
+            weights[adapter] = {f"{module}.{kind}": p.detach().cpu() for (module, kind), p in parameters}
+        state = {"step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}
+        data = io.BytesIO()
+        torch.save(state | {"identity": self.identity}, data)
+        write(os.path.join(temporary, "state.pt"), data.getbuffer())
+        replace_folder(temporary, os.path.join(root, f"{step:06d}"))
+        steps = saved_steps(self.out)
+        later = [saved for saved in steps if int(saved) > step]  # of a run that went further before
+        for old in later + [saved for saved in steps if int(saved) <= step][: -self.args.keep]:
+            shutil.rmtree(os.path.join(root, old))
+
+    def end(self):
+        end_processes(self.accelerator, self.stop.failure)
+
+    def resume(self):
+        """Load the checkpoint of --resume; its step. One of another run is refused, and every difference is
+        spelled out; of the run's own checkpoints, one that cannot be read gives way to the one before it."""
+        resume, folders = self.args.resume, [self.args.resume]
+        if not resume:
+            return 0
+        if resume == "auto":
+            steps = reversed(saved_steps(self.out))
+            folders = [os.path.join(self.out, "checkpoints", step) for step in steps]
+            found = reduce_sum(torch.tensor(float(bool(folders)), device=self.device)).item()
+            if found == 0:
+                return 0
+            check(
+                found == self.world,
+                f"--out {self.out}: some machines find checkpoints there and some do not; "
+                "it must be a folder that all of them share",
+            )
+        folder, state = first_whole(folders, resume)
+        theirs, ours = state["identity"], self.identity
+        changed = [name for name in sorted(ours.keys() | theirs.keys()) if theirs.get(name) != ours.get(name)]
+        differences = "; ".join(f"{n} was {theirs.get(n)!r}, now {ours.get(n)!r}" for n in changed)
+        check(not changed, f"--resume {resume}: {folder} is of another run: {differences}")
+        steps = self.args.steps
+        check(state["step"] <= steps, f"--steps {steps}: {folder} has made {state['step']} already")
+        with torch.no_grad():
+            for adapter, tensors in state["weights"].items():
+                for (module, kind), p in self.model.weights(adapter).items():
+                    p.copy_(tensors[f"{module}.{kind}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def open_log(self, start):
+        """log.jsonl. A resumed run forgets what was logged after its checkpoint; a new one deletes what
+        --overwrite gives up."""
+        log = os.path.join(self.out, "log.jsonl")
+        kept = []
+        for row in read_log(self.out) if start else []:
+            # A validation of the checkpoint's step is made again.
+            if row["step"] < start or row["step"] == start and "seconds" in row:
+                kept.append(json.dumps(row) + "\n")
+        write(log, "".join(kept))
+        if self.args.overwrite:
+            clear_folder(self.out)
+        if not start:
+            pathlib.Path(self.out, "results.json").unlink(missing_ok=True)
+        write_json(os.path.join(self.out, "args.json"), vars(self.args))
+        return open(log, "a")  # noqa: SIM115 - for as long as the run lives
+
+
+def run_identity(args, processes, files):
+    """What makes a run the same run when it is resumed: its flags, except those that only say how long, where
+    and how often, and the content of its files {what: path}."""
+    free = {"steps", "out", "resume", "overwrite", "track", "save_every", "keep", "compile"}
+    free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option"}
+    free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
+    free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
+    free |= {"batch_size"}  # by its sum: fewer processes with more prompts each are the same run
+    flags = {name: value for name, value in vars(args).items() if name not in free}
+    contents = {what: path and fingerprint(path) for what, path in files.items()}
+    return flags | contents | {"--batch-size x processes": args.batch_size * processes}
+
+
+def first_whole(folders, resume):
+    """(folder, state) of the first checkpoint that can be read."""
+    for folder in folders:
+        file = os.path.join(folder, "state.pt")
+        if os.path.exists(file):
+            try:
+                return folder, torch.load(file, weights_only=True, map_location="cpu")
+            except Exception as error:
+                problem = f"not a whole checkpoint ({first_line(error)})"
+        else:
+            problem = "no checkpoint there (state.pt is missing)"
+        if resume == "auto":
+            say(f"note: {folder}: {problem}")
+    die(f"--resume {resume}: {problem}")
+
+
+def saved_steps(out):
+    """The checkpoints in a run's folder, their names in order."""
+    root = os.path.join(out, "checkpoints")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted(name for name in names if name.isdigit())
+
+
+def read_log(out):
+    """The rows of a run's log.jsonl; a last line that was cut off is none."""
+    file = pathlib.Path(out, "log.jsonl")
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
+    """Make a folder this run's own for as long as it lives, before anything is computed: one that another
+    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is a run in
+    whose folder an older one left checkpoints or a LoRA, but to go on from the last of them. Returns where
+    `init` is to be read: the folder's own LoRA, in whose place the run will write, is kept beside it."""
+    lora, kept = os.path.join(out, "lora"), os.path.join(out, "init")
+    inside = init is not None and os.path.realpath(init) == os.path.realpath(lora)
+    check(not (resume and overwrite), "--overwrite and --resume: give one of them")
+    if accelerator is None or accelerator.is_main_process:
+        lock_folder(out)
+        steps, goes_on = saved_steps(out), False
+        if resume and steps:
+            last = os.path.join(out, "checkpoints", steps[-1])
+            goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
+        check(
+            not steps or goes_on or overwrite,
+            f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
+            "--overwrite deletes what it made, or give another --out",
+        )
+        check(
+            not os.path.exists(lora) or steps or inside or overwrite,
+            f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out",
+        )
+        if inside and not goes_on:
+            shutil.rmtree(kept + ".new", ignore_errors=True)
+            shutil.copytree(lora, kept + ".new")
+            replace_folder(kept + ".new", kept)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return kept if inside else init
+
+
+def clear_folder(out):
+    """Delete the LoRA and the checkpoints in a run's folder; links to their places stay."""
+    for folder in ("lora", *(os.path.join("checkpoints", step) for step in saved_steps(out))):
+        shutil.rmtree(os.path.realpath(os.path.join(out, folder)), ignore_errors=True)
+
+
+def lock_folder(out):
+    """Take a folder's lock, which falls with this process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    try:
+        os.makedirs(out, exist_ok=True)
+        LOCKS.append(FileLock(os.path.join(out, ".lock"), is_singleton=True))
+        LOCKS[-1].acquire(timeout=0)
+    except Timeout:
+        die(f"--out {out}: another process is at work there; wait for it, or give another --out")
+    except NotImplementedError:
+        say(f"note: the file system of {out} has no locks, so see to it that no two runs write there")
+    except OSError as error:
+        die(f"--out {out}: cannot be written ({error.strerror})")
+
+
+# -- files -------------------------------------------------------------------------------------------------
 
 
 def write(path, data):
@@ -1705,18 +1936,37 @@ def replace_folder(new, final):
     shutil.rmtree(final + ".old", ignore_errors=True)
 
 
+def read_json(file):
+    """The object in a JSON file; what is not one ends the program with the file's name."""
+    try:
+        text = pathlib.Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        die(f"{file}: cannot be read ({first_line(error)})")
+    return json_object(text, file)
+
+
+def json_object(text, file):
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        die(f"{file}: not JSON ({error})")
+    check(isinstance(found, dict), f"{file}: not a JSON object")
+    return found
+
+
 def fingerprint(path):
     """What a path holds, in short: of a hub id its revision, of a file or folder a hash of all its bytes; a
     word that is neither is itself."""
-    place = path
+    found = path
     if not os.path.exists(path):
-        m = HUB_PATH.fullmatch(path)
-        if not m:
+        named = HUB_PATH.fullmatch(path)
+        if not named:
             return path
-        place = fetch(m[1], []) + m[2]
-    m = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\](\w+)(.*)", os.path.abspath(place))
-    if m:  # in the hub's cache, by name or by path
-        return f"{m[1].replace('--', '/')}{m[3]}@{m[2]}"
+        found = fetch(named[1], []) + named[2]
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\](\w+)(.*)", os.path.abspath(found))
+    if cached:  # of the hub, by name or by path
+        repository, revision, inside = cached.groups()
+        return f"{repository.replace('--', '/')}{inside}@{revision}"
     files = [path]
     if os.path.isdir(path):
         inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
@@ -1736,7 +1986,8 @@ def file_hash(file):
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
         note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
         with contextlib.suppress(OSError), open(note) as f:
-            if len(known := f.read()) == 64:
+            known = f.read()
+            if len(known) == 64:
                 return known
     digest = hashlib.sha256()
     with open(file, "rb") as f:
@@ -1749,280 +2000,70 @@ def file_hash(file):
     return digest.hexdigest()
 
 
-def run_identity(args, processes, files, *free):
-    """What makes a run the same run when it is resumed: its flags, except those that only say how long, where and how often, and the
-    content of its files {what: path}."""
-    free = {
-        *free,
-        "steps",
-        "out",
-        "resume",
-        "overwrite",
-        "track",
-        "save_every",
-        "keep",
-        "eval_every",
-        "eval_num_steps",
-        "eval_batch_size",
-        "micro_batch_size",
-        "offload_text_encoders",
-        "gradient_checkpointing",
-        "compile",
-        "model",
-        "prompts",
-        "eval_prompts",
-        "teachers",
-        "anchor",
-        "init",  # these by content
-        "batch_size",
-    }  # by its sum: fewer processes with more prompts each are the same run
-    return (
-        {k: v for k, v in vars(args).items() if k not in free}
-        | {k: v and fingerprint(v) for k, v in files.items()}
-        | {"--batch-size x processes": args.batch_size * processes}
-    )
-
-
-def save_checkpoint(out, step, model, name, optimizer, identity, keep):
-    """checkpoints/STEP: the LoRA people can use (the average, adapter "ema") and the state a run resumes from; written beside and renamed."""
-    root = os.path.join(out, "checkpoints")
-    temporary, final = os.path.join(root, ".new"), os.path.join(root, f"{step:06d}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_lora(model.lora("ema"), os.path.join(temporary, "lora"))
-    weights = {
-        a: {f"{n}.{kind}": p.detach().cpu() for (n, kind), p in model.weights(a).items()}
-        for a in (name, "ema")
-    }
-    state = io.BytesIO()
-    torch.save(
-        {"step": step, "weights": weights, "optimizer": optimizer.state_dict(), "identity": identity}, state
-    )
-    write(os.path.join(temporary, "state.pt"), state.getbuffer())
-    replace_folder(temporary, final)
-    steps = saved_steps(out)
-    for old in [d for d in steps if d > f"{step:06d}"] + [d for d in steps if d <= f"{step:06d}"][:-keep]:
-        shutil.rmtree(os.path.join(root, old))
-
-
-def saved_steps(out):
-    """The checkpoints in a run's folder, their names in order."""
-    root = os.path.join(out, "checkpoints")
-    return sorted(d for d in os.listdir(root) if d.isdigit()) if os.path.isdir(root) else []
-
-
-def own_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
-    """Make a folder this run's own for as long as it lives, before anything is computed: one that another
-    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is a run in
-    whose folder an older one left checkpoints or a LoRA, but to go on from the last of them. Returns where
-    `init` is to be read: the folder's own LoRA, in whose place the run will write, is kept beside it."""
-    lora, kept = os.path.join(out, "lora"), os.path.join(out, "init")
-    inside = init is not None and os.path.realpath(init) == os.path.realpath(lora)
-    if resume and overwrite:
-        die("--overwrite and --resume: give one of them")
-    if accelerator is None or accelerator.is_main_process:
-        lock_folder(out)
-        steps, goes_on = saved_steps(out), False
-        if resume and steps:
-            last = os.path.join(out, "checkpoints", steps[-1])
-            goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
-        if steps and not goes_on and not overwrite:
-            die(
-                f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
-                "--overwrite deletes what it made, or give another --out"
-            )
-        if os.path.exists(lora) and not steps and not inside and not overwrite:
-            die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
-        if inside and not goes_on:
-            shutil.rmtree(kept + ".new", ignore_errors=True)
-            shutil.copytree(lora, kept + ".new")
-            replace_folder(kept + ".new", kept)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return kept if inside else init
-
-
-def clear_folder(out):
-    """Delete the LoRA and the checkpoints in a run's folder; links to their places stay."""
-    for folder in ("lora", *(os.path.join("checkpoints", step) for step in saved_steps(out))):
-        shutil.rmtree(os.path.realpath(os.path.join(out, folder)), ignore_errors=True)
-
-
-def lock_folder(out):
-    """Take a folder's lock, which falls with this process, however it ends."""
-    from filelock import FileLock, Timeout
-
-    try:
-        os.makedirs(out, exist_ok=True)
-        OWNED.append(FileLock(os.path.join(out, ".lock"), is_singleton=True))
-        OWNED[-1].acquire(timeout=0)
-    except Timeout:
-        die(f"--out {out}: another process is at work there; wait for it, or give another --out")
-    except NotImplementedError:
-        say(f"note: the file system of {out} has no locks, so see to it that no two runs write there")
-    except OSError as error:
-        die(f"--out {out}: cannot be written ({error.strerror})")
-
-
-def resume_checkpoint(resume, out, steps, model, name, optimizer, identity):
-    """The step to go on from (0 without --resume). A checkpoint of another run is refused, and every
-    difference is spelled out; of the run's own checkpoints, one that cannot be read gives way to the one
-    before it."""
-    if not resume:
-        return 0
-    folders = [resume]
-    if resume == "auto":
-        folders = [os.path.join(out, "checkpoints", step) for step in reversed(saved_steps(out))]
-        found = reduce_sum(torch.tensor(float(bool(folders)), device=model.device)).item()
-        if found == 0:
-            return 0
-        if found != (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1):
-            die(
-                f"--out {out}: some machines find checkpoints there and some do not; it must be a folder that all of them share"
-            )
-    state = None
-    for folder in folders:
-        file = os.path.join(folder, "state.pt")
-        if not os.path.exists(file):
-            problem = "no checkpoint there (state.pt is missing)"
-        else:
-            try:
-                state = torch.load(file, weights_only=True, map_location="cpu")
-                break
-            except Exception as error:
-                problem = f"not a whole checkpoint ({first_line(error)})"
-        if resume == "auto":
-            say(f"note: {folder}: {problem}")
-    if state is None:
-        die(f"--resume {resume}: {problem}")
-    changed = [
-        f"{k} was {state['identity'].get(k)!r}, now {identity.get(k)!r}"
-        for k in sorted(identity.keys() | state["identity"].keys())
-        if state["identity"].get(k) != identity.get(k)
-    ]
-    if changed:
-        die(f"--resume {resume}: {folder} is of another run: " + "; ".join(changed))
-    if state["step"] > steps:
-        die(f"--steps {steps}: {folder} has made {state['step']} already")
-    with torch.no_grad():
-        for adapter, tensors in state["weights"].items():
-            for (n, kind), p in model.weights(adapter).items():
-                p.copy_(tensors[f"{n}.{kind}"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def start_run(out, start, args):
-    """The log of a run, opened by the first process. A resumed run forgets what was logged after its
-    checkpoint; a new one deletes what --overwrite gives up."""
-    log = os.path.join(out, "log.jsonl")
-    made = lambda row: (
-        row["step"] < start or row["step"] == start and "seconds" in row
-    )  # a validation of the checkpoint is made again
-    write(
-        log,
-        "".join(line for line in open(log) if line.endswith("\n") and made(json.loads(line)))
-        if start and os.path.exists(log)
-        else "",
-    )
-    if args.overwrite:
-        clear_folder(out)
-    if not start:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out, "results.json"))
-    write_json(os.path.join(out, "args.json"), vars(args))
-    return open(log, "a")
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to give up the update in hand, save what the updates before it made, and leave: in seconds,
-    since a preempted machine waits no longer. A second one, not at once (torchrun passes on what a terminal sends too), ends it."""
-
-    def __init__(self):
-        self.name, self.since, self.failure = None, 0.0, None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        if self.name and time.monotonic() > self.since + 5:
-            die("interrupted")
-        self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
-
-    def fail(self, message):
-        """Leave in the same way, because something failed here: what was made before is saved, and the exit status is 1."""
-        self.name, self.since, self.failure = "failure", time.monotonic(), message
-
-    def arrived(self, device):
-        """Whether any process was told to stop: the same answer on all of them, so none waits for one that left."""
-        return reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0
-
-    def disarm(self):
-        """From here on Ctrl-C ends the program at once."""
-        self.name, self.since = "SIGINT", -math.inf
+# -- pictures ----------------------------------------------------------------------------------------------
 
 
 def plot_curves(out):
-    """curves.png from log.jsonl: one panel per quantity, updates along x; "kl/ocr" is the line "ocr" of the panel "kl"."""
+    """curves.png from log.jsonl: one panel per quantity, updates along x; "kl/ocr" is the line "ocr" of the
+    panel "kl"."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-    groups = {}
-    for key in dict.fromkeys(
-        k for r in rows for k in r if k not in ("step", "seconds", "memory_gb", "kl_by_sigma")
-    ):
-        groups.setdefault(key.split("/")[0], []).append(key)
-    if not groups:
+    rows = read_log(out)
+    panels = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        if key not in ("step", "seconds", "memory_gb", "kl_by_sigma"):
+            panels.setdefault(key.split("/")[0], []).append(key)
+    if not panels:
         return
-    columns = min(3, len(groups))
-    figure, axes = plt.subplots(
-        -(-len(groups) // columns),
-        columns,
-        figsize=(4 * columns, 2.8 * -(-len(groups) // columns)),
-        squeeze=False,
-    )
-    for axis in axes.flat[len(groups) :]:
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (title, keys) in zip(axes.flat, groups.items()):
+    for axis, (title, keys) in zip(axes.flat, panels.items()):
+        smallest = math.inf
         for key in keys:
-            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            axis.plot(
-                *zip(*points),
-                label=key.partition("/")[2] or None,
-                marker="o" if len(points) < 20 else None,
-                markersize=3,
-            )
-        axis.set_title(title), axis.set_xlabel("update"), axis.grid(alpha=0.3)
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if not points:
+                continue
+            steps, values = zip(*points)
+            smallest = min(smallest, *values)
+            marker = "o" if len(points) < 20 else None
+            axis.plot(steps, values, label=key.partition("/")[2] or None, marker=marker, markersize=3)
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
-        if title.startswith("kl") and all(r.get(k, 1) > 0 for r in rows for k in keys):
+        if title.startswith("kl") and smallest > 0:
             axis.set_yscale("log")
     figure.tight_layout()
     figure.savefig(os.path.join(out, "curves.png"), dpi=90)
     plt.close(figure)
 
 
-def draw_rows(model, rows, prompts, args, rank=0, world=1, stop=None):
-    """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N prompts and noise in every
-    row. The processes share the drawing, and all get all; None if one of them was told to stop."""
-    jobs = [(i, adapter, guidance) for adapter, guidance in rows.values() for i in range(len(prompts))]
-    pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=model.device)
-    mine = list(range(rank, len(jobs), world))
+def draw_rows(run, rows, prompts):
+    """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N
+    prompts and noise in every row. The processes share the drawing, and all get all; None if one of them was
+    told to stop."""
+    args, jobs = run.args, []
+    for adapter, guidance in rows.values():
+        jobs += [(i, adapter, guidance) for i in range(len(prompts))]
+    pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=run.device)
+    mine = list(range(run.rank, len(jobs), run.world))
     for k in range(0, len(mine), args.eval_batch_size):
-        if stop and stop.name:
+        if run.stop.name:
             break
         part = mine[k : k + args.eval_batch_size]
-        numbers, adapters, guidance = zip(*(jobs[j] for j in part))
-        pictures[part] = model.generate(
-            [prompts[i] for i in numbers],
-            generators(args.seed, 1, numbers),
-            args.eval_num_steps,
-            args.resolution,
-            adapters,
-            guidance,
+        numbers, adapters, guidances = zip(*(jobs[j] for j in part))
+        texts, gens = [prompts[i] for i in numbers], generators(args.seed, 1, numbers)
+        pictures[part] = run.model.generate(
+            texts, gens, args.eval_num_steps, args.resolution, adapters, guidances
         )
-    if stop and stop.arrived(model.device):
+    if run.stopping():
         return None
     return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))
 
@@ -2037,17 +2078,20 @@ def save_grid(path, rows, captions, cell=96):
     canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, caption in enumerate(captions):
-        words, lines = caption.split(), [""]
-        for word in words:
-            longer = (lines[-1] + " " + word).strip()
-            lines = lines[:-1] + [longer] if pen.textlength(longer, font) <= side else lines + [word]
-        pen.multiline_text(
-            (left + i * (side + gap), 2), "\n".join(lines[:3]), fill="black", font=font, spacing=1
-        )
+        lines = [""]
+        for word in caption.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if pen.textlength(longer, font) <= side:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        text = "\n".join(lines[:3])
+        pen.multiline_text((left + i * (side + gap), 2), text, fill="black", font=font, spacing=1)
     for r, (label, images) in enumerate(rows.items()):
-        pen.text((4, top + r * (side + gap) + side // 2 - 6), label, fill="black", font=font)
+        y = top + r * (side + gap)
+        pen.text((4, y + side // 2 - 6), label, fill="black", font=font)
         for i, image in enumerate(images):
-            corner = (left + i * (side + gap), top + r * (side + gap))
+            corner = (left + i * (side + gap), y)
             if not image.isfinite().all():
                 pen.text(corner, "not finite", fill="black", font=font)
                 continue

@@ -325,7 +325,7 @@ for step in progress:
                 mean_teacher, std = gaussian(x, v_teacher, t, t_next)
                 ratio = log_prob(x_next, mean_teacher, std) - old
                 reward = ratio + to_teacher if args.objective == "ppo" else -to_teacher
-                memory.append((x, t, t_next, x_next, old, reward * dimensions, v_teacher, v_anchor, cond))
+                memory.append((x, t, t_next, x_next, old, reward * dimensions, v_anchor, cond))
             kl_by_task[:, labelled.index(t)].index_add_(0, index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
             student_sum += v.detach().sum()  # if something is not finite: is it the student?
@@ -341,13 +341,15 @@ for step in progress:
     if args.objective == "kl":
         norm = descend(optimizer, params, total)
     for k in range(args.updates_per_rollout if args.objective != "kl" else 0):
-        for x, t, t_next, x_next, old, advantage, v_teacher, v_anchor, cond in memory:
+        for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
             if k == 0 and run.stop.name:  # later updates follow one that was made, and are finished
                 break
             v = model.velocity(x, t, cond, "student", args.guidance)
-            ratio = log_prob(x_next, *gaussian(x, v, t, t_next)) - old
-            _, to_anchor = divergence(x, v, v_teacher, v_anchor, t, t_next)
-            loss = clipped_surrogate(ratio, advantage, args.clip_range) + args.anchor_weight * to_anchor
+            mean, std = gaussian(x, v, t, t_next)
+            loss = clipped_surrogate(log_prob(x_next, mean, std) - old, advantage, args.clip_range)
+            if anchor:
+                mean_anchor, _ = gaussian(x, v_anchor, t, t_next)
+                loss = loss + args.anchor_weight * kl(mean, mean_anchor, std)
             (loss.sum() * factor[t] * dimensions).backward()
         stopping = k == 0 and run.stopping()
         if stopping:
@@ -358,9 +360,8 @@ for step in progress:
     update_average(ema, params, args.ema, step + 1)
 
     # report: KL per teacher, mean over its samples and steps
-    counts = (
-        torch.tensor([float(sum(task == t for task, _ in batch)) for t in teachers], device=device) * count
-    )
+    tasks = [task for task, _ in batch]
+    counts = torch.tensor([float(count * tasks.count(task)) for task in teachers], device=device)
     for tensor in (counts, kl_by_task, anchor_sum, student_sum):
         reduce_sum(tensor)
     kls = {}
@@ -389,8 +390,8 @@ for step in progress:
         by_sigma = (kl_by_task.sum(0) / counts.sum() * count).tolist()
         record["kl_by_sigma"] = {f"{t:.3f}": value for t, value in zip(labelled, by_sigma)}
     run.report(record)
-    shown = {name.replace("/", " "): f"{value:.1e}" for name, value in kls.items()}
-    progress.set_postfix(shown)
+    shown = ", ".join(f"{name.removeprefix('kl/')} {value:.1e}" for name, value in kls.items())
+    progress.set_postfix_str(f"KL to {shown}")
     if step == 0 and rank == 0:
         progress.write(f"KL to the teachers before the first update: {shown}")
     if last or (step + 1) % args.save_every == 0:

@@ -29,7 +29,7 @@ def run(script, *argv):
     finally:
         import flow_sde
 
-        for lock in flow_sde.OWNED:
+        for lock in flow_sde.LOCKS:
             lock.release(force=True)  # as the end of a process does
         sys.argv = old[0]
         os.chdir(old[1])

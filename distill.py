@@ -145,17 +145,24 @@ check(args.teachers and args.prompts, "--model needs --teachers TASK=LORA and --
 teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
 prompt_files = parse_specs("--prompts", args.prompts)
 eval_files = parse_specs("--eval-prompts", args.eval_prompts)
-for flag, files in {"--prompts": prompt_files, "--eval-prompts": eval_files}.items():
-    unknown = ", ".join(task for task in files if task not in teachers)
-    check(not unknown, f"{flag} {unknown}: no teacher of that task; --teachers has {', '.join(teachers)}")
+for task in prompt_files:
+    check(
+        task in teachers, f"--prompts {task}: no teacher of that task; --teachers has {', '.join(teachers)}"
+    )
 for task in teachers:
     has = ", ".join(prompt_files)
     check(task in prompt_files, f"--teachers {task}: no prompts of that task; --prompts has {has}")
     check(task not in ("base", "student", "start", "ema", "anchor"), f"--teachers {task}: that name is taken")
+prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
+for task in eval_files:
+    has = ", ".join(teachers)
+    check(task in teachers, f"--eval-prompts {task}: no teacher of that task; --teachers has {has}")
+eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
 check(bool(args.reward) == bool(args.eval_prompts), "--reward and --eval-prompts: give both or neither")
 check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2, the last may not be learnt")
 check(args.noise_level > 0, "--noise-level 0: must be positive (for deterministic rollouts: --sde ode)")
-check(args.label_steps < args.num_steps, f"--label-steps {args.label_steps}: must be less than --num-steps")
+most = args.num_steps - 1
+check(args.label_steps <= most, f"--label-steps {args.label_steps}: must lie in 0..{most}, below --num-steps")
 check(min(args.label_density) > 0, "--label-density: both must be positive")
 if args.objective != "kl":
     check(args.sde != "ode", f"--objective {args.objective} needs a stochastic sampler: --sde flow or cps")
@@ -164,8 +171,6 @@ if args.schedule == "alternate":
     check(whole, "--schedule alternate: the teachers' weights are numbers of updates, so they must be whole")
 if args.init != "none":
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
-prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
-eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
 rewards = parse_rewards(args.reward, args.reward_option)
 anchor_path, anchor_options = split_options("--anchor", args.anchor, guidance=args.guidance)
 guidance = {task: teacher["guidance"] for task, teacher in teachers.items()}

@@ -53,9 +53,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flow_sde import HERE, die, fingerprint, generators, listing, reduce_sum
+from flow_sde import HERE, die, fingerprint, first_line, generators, listing, reduce_sum
 
 
 class RewardError(Exception):
@@ -70,22 +71,31 @@ class NoAnswer(RewardError):
     """A judge answered, but not with a score that can be read."""
 
 
-# -- 1. Pictures, and the rewards that are programs ----------------------------------------------------------
+# -- 1. Pictures, and the simplest reward --------------------------------------------------------------------
+
+
+def jpeg(images, prompts=None, metadata=None):
+    """JPEG compressibility (DDPO, arXiv 2305.13301). -kB / 500 at quality 95; below 0. Needs nothing."""
+    sizes = [len(encoded(picture, "JPEG", quality=95)) for picture in pil(images)]
+    return -torch.tensor(sizes, dtype=torch.float32) / 1000 / 500
 
 
 def pil(images):
     """(B, 3, H, W) in [0, 1] -> B PIL pictures."""
-    from PIL import Image
-
     pixels = images.float().mul(255).round_().byte().movedim(1, -1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
+
+
+def encoded(picture, kind="PNG", **options):
+    """A PIL picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def read_picture(file):
     """A picture file -> (3, H, W) in [0, 1]: turned as its EXIF data say, transparency over white, 16 bits
     scaled to 8. Raises RewardError where it cannot be read."""
-    from PIL import Image, ImageOps
-
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
@@ -98,33 +108,18 @@ def read_picture(file):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a broken file can raise anything
-        raise RewardError(f"{file}: not a picture that can be read ({first_line(error)})")
+        raise RewardError(f"{file}: not a picture that can be read ({first_line(error)})") from error
     return torch.from_numpy(pixels).movedim(-1, 0).float().div_(255)
-
-
-def encoded(picture, kind="PNG", **options):
-    """A PIL picture as the bytes of a file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def first_line(error):
-    """What an exception says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def need(*packages):
     """Refuse to go on without these packages."""
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise Unavailable(f"pip install {' '.join(missing)}")
 
 
-def jpeg(images, prompts=None, metadata=None):
-    """JPEG compressibility (DDPO, arXiv 2305.13301). -kB / 500 at quality 95; below 0. Needs nothing."""
-    sizes = [len(encoded(p, "JPEG", quality=95)) for p in pil(images)]
-    return -torch.tensor(sizes, dtype=torch.float32) / 1000 / 500
+# -- 2. Can the text be read? --------------------------------------------------------------------------------
 
 
 def ocr(images, prompts, metadata=None, language=""):
@@ -134,7 +129,7 @@ def ocr(images, prompts, metadata=None, language=""):
     rapidocr and onnxruntime (PP-OCR's models, Apache-2.0, come with it, for Latin, Greek, Chinese and
     Japanese); `language` names another of its recognisers, which it downloads: arabic, cyrillic, devanagari,
     korean, ta, te or th."""
-    engine = read_text(language)
+    engine = load_ocr(language)
 
     def read(picture):
         found = engine(np.array(picture))
@@ -144,32 +139,28 @@ def ocr(images, prompts, metadata=None, language=""):
 
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ThreadPoolExecutor(cores) as pool:
-        return torch.tensor(list(map(text_score, pool.map(read, pil(images)), prompts)), dtype=torch.float32)
+        texts = list(pool.map(read, pil(images)))
+    return torch.tensor(list(map(text_score, texts, prompts)), dtype=torch.float32)
 
 
 @functools.cache
-def read_text(language=""):
+def load_ocr(language=""):
     """The OCR engine: detection and recognition, for upright text, one thread a picture."""
     need("rapidocr", "onnxruntime")
     from rapidocr import LangRec, ModelType, OCRVersion, RapidOCR
 
-    params = {
-        "Global.use_cls": False,
-        "Global.log_level": "error",
-        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-    }
+    params = {"Global.use_cls": False, "Global.log_level": "error"}
+    params["EngineConfig.onnxruntime.intra_op_num_threads"] = 1
     try:
         if language:
-            params |= {
-                "Rec.lang_type": LangRec(language),
-                "Rec.ocr_version": OCRVersion.PPOCRV5,
-                "Rec.model_type": ModelType.MOBILE,
-            }
+            params["Rec.lang_type"] = LangRec(language)
+            params["Rec.ocr_version"] = OCRVersion.PPOCRV5
+            params["Rec.model_type"] = ModelType.MOBILE
         engine = RapidOCR(params=params)
         engine.recognize_txt([np.zeros((48, 320, 3), np.uint8)])  # its models are loaded only now
     except Exception as error:  # no such language, or no way to download its model
         wanted = f"RapidOCR for {language}" if language else "RapidOCR"
-        raise Unavailable(f"{wanted} could not be loaded ({first_line(error)})")
+        raise Unavailable(f"{wanted} could not be loaded ({first_line(error)})") from error
     return engine
 
 
@@ -187,19 +178,19 @@ def reading_order(boxes):
     lines = []
     for i in y.argsort(kind="stable"):
         for line in lines:
-            j = min(line, key=lambda j: abs(x[i] - x[j]))
-            if (heights[i] + heights[j]) / 2 - abs(y[i] - y[j]) >= min(heights[i], heights[j]) / 2:
+            next_to = line[np.abs(x[line] - x[i]).argmin()]
+            overlap = (heights[i] + heights[next_to]) / 2 - abs(y[i] - y[next_to])
+            if overlap >= min(heights[i], heights[next_to]) / 2:
                 line.append(i)
                 break
         else:
             lines.append([i])
-    return [i for line in lines for i in sorted(line, key=lambda i: x[i])]
+    return [i for line in lines for i in sorted(line, key=x.__getitem__)]
 
 
 QUOTES = '"([^"]*)"', "“([^”]*)”", "„([^“”]*)[“”]", "«([^»]*)»", "「([^」]*)」"
-PLAIN = str.maketrans(
-    dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-") | {"⁄": "/"}
-)
+TYPEWRITER = {"'": "‘’‚‛′`´", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "/": "⁄"}
+PLAIN = {ord(sign): plain for plain, signs in TYPEWRITER.items() for sign in signs}
 
 
 def quoted_text(prompt):
@@ -213,30 +204,16 @@ def quoted_text(prompt):
 
 def plain_text(text):
     """A text without spaces and case, its accents composed, its punctuation as on a typewriter."""
-    return re.sub(r"\s", "", unicodedata.normalize("NFKC", text.translate(PLAIN))).translate(PLAIN).lower()
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN))
+    return re.sub(r"\s", "", text).translate(PLAIN).lower()
 
 
 def text_score(read, prompt):
     """How well the text read off a picture matches its prompt: ocr's formula."""
     target, read = plain_text(quoted_text(prompt)), plain_text(read)
-    return 1.0 if target in read else 1 - min(edit_distance(read, target), len(target)) / len(target)
-
-
-def check_ocr(row, language=""):
-    """Refuse a prompt whose text the recogniser could never write, however well it is drawn."""
-    target = plain_text(quoted_text(row["prompt"]))
-    foreign = [c for c in target if c.isalpha() and c.casefold() not in letters(language)]
-    if foreign:
-        raise ValueError(
-            f"ocr cannot read the {foreign[0]!r} of {row['prompt']!r}; with --reward-option "
-            "ocr.language=cyrillic it may, or arabic, devanagari, korean, ta, te, th"
-        )
-
-
-@functools.cache
-def letters(language):
-    """What the recogniser can write."""
-    return {c.casefold() for c in plain_text("".join(read_text(language).text_rec.postprocess_op.character))}
+    if target in read:
+        return 1.0
+    return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
 def edit_distance(a, b):
@@ -249,10 +226,86 @@ def edit_distance(a, b):
     return row[-1]
 
 
-# -- 2. CLIP and its kin: all in float32, on the pictures' device, loaded once -------------------------------
+def check_ocr(row, language=""):
+    """Refuse a prompt whose text the recogniser could never write, however well it is drawn."""
+    for letter in plain_text(quoted_text(row["prompt"])):
+        if letter.isalpha() and letter.casefold() not in letters(language):
+            raise ValueError(
+                f"ocr cannot read the {letter!r} of {row['prompt']!r}; with --reward-option "
+                "ocr.language=cyrillic it may, or arabic, devanagari, korean, ta, te, th"
+            )
 
+
+@functools.cache
+def letters(language):
+    """What the recogniser can write."""
+    known = "".join(load_ocr(language).text_rec.postprocess_op.character)
+    return {letter.casefold() for letter in plain_text(known)}
+
+
+# -- 3. CLIP and its kin: all in float32, on the pictures' device, loaded once -------------------------------
+
+CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's and BLIP's
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pickscore(images, prompts, metadata=None, model="yuvalkirstain/PickScore_v1", tokenizer=CLIP_H):
+    """What people pick (arXiv 2305.01569). exp(logit scale) cos / 26, about 0.7 to 0.9; papers print it times
+    26. No licence was seen on its page; its tokenizer is laion's CLIP ViT-H (MIT). Needs 4 GB."""
+    clip, tokenizer = load_clip(model, tokenizer, images.device)
+    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 26
+
+
+def clipscore(images, prompts, metadata=None, model=CLIP_L):
+    """Agreement of picture and text (arXiv 2104.08718). exp(logit scale) cos / 30, about 100 cos / 30: 0.5 to
+    1.1. OpenAI's CLIP ViT-L (MIT), pixels resized bicubically as CLIP asks; Flow-GRPO resizes bilinearly.
+    Needs 1.7 GB."""
+    clip, tokenizer = load_clip(model, model, images.device)
+    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 30
+
+
+@functools.cache
+def load_clip(model, tokenizer, device):
+    from transformers import AutoTokenizer, CLIPModel
+
+    return load(CLIPModel, model, device), load(AutoTokenizer, tokenizer)
+
+
+def clip_cosine(clip, tokenizer, pixels, prompts):
+    """The cosine of picture and prompt in CLIP's space. -> (B,)"""
+    texts = tokens(tokenizer, prompts, pixels.device, clip.config.text_config.max_position_embeddings)
+    out = clip(pixel_values=pixels, **texts)
+    return F.cosine_similarity(out.image_embeds, out.text_embeds)
+
+
+_tokenizing = threading.Lock()
+
+
+def tokens(tokenizer, texts, device, length=77, padding=True):
+    """Token ids and mask of texts, padded to the longest and cut to `length`."""
+    with _tokenizing:  # rewards share tokenizers, and those refuse two threads at once
+        batch = tokenizer(texts, truncation=True, max_length=length, return_tensors="pt", padding=padding)
+    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+
+
+def clip_pixels(clip, images):
+    """Pictures as this CLIP sees them."""
+    return resized(pil(images), clip.config.vision_config.image_size).to(images.device)
+
+
+def resized(pictures, size, crop=True):
+    """PIL pictures -> (B, 3, size, size), CLIP's pixels, resized bicubically by PIL as the models' authors
+    did: the shorter side becomes `size` and the middle is cut out; without `crop`, both sides."""
+    out = []
+    for picture in pictures:
+        scale = size / min(picture.size)
+        sides = [max(size, int(side * scale)) for side in picture.size] if crop else (size, size)
+        left, top = (round((side - size) / 2) for side in sides)
+        picture = picture.resize(sides, Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + size, top + size))
+        out.append(torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 255)
+    return normalize(torch.stack(out), MEAN, STD)
 
 
 def normalize(pixels, mean, std):
@@ -261,19 +314,84 @@ def normalize(pixels, mean, std):
     return (pixels - mean) / std
 
 
-def resized(pictures, size, crop=True):
-    """PIL pictures -> (B, 3, size, size), CLIP's pixels, resized bicubically by PIL as the models' authors
-    did: the shorter side becomes `size` and the middle is cut out; without `crop`, both sides."""
-    from PIL import Image
+def load(kind, name, device=None, **options):
+    """A transformers class from a folder or hub id."""
+    try:
+        loaded = kind.from_pretrained(name, **options)
+    except Exception as error:  # a broken file can raise anything
+        raise Unavailable(f"{name} could not be loaded ({first_line(error)})") from error
+    if device is None:
+        return loaded
+    return loaded.eval().requires_grad_(False).to(device, torch.float32)
 
-    out = []
-    for p in pictures:
-        scale = size / min(p.size)
-        sides = [max(size, int(side * scale)) for side in p.size] if crop else (size, size)
-        left, top = (round((side - size) / 2) for side in sides)
-        p = p.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        out.append(torch.from_numpy(np.array(p)).movedim(-1, 0).float() / 255)
-    return normalize(torch.stack(out), MEAN, STD)
+
+LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+
+
+def aesthetic(images, prompts=None, metadata=None, model=CLIP_L, head=LAION_HEAD):
+    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0): five linear layers on the
+    normalised CLIP ViT-L (MIT) embedding of the picture. About 1 to 10. Needs 1.7 GB."""
+    clip, _ = load_clip(model, model, images.device)
+    seen = clip.get_image_features(pixel_values=clip_pixels(clip, images)).pooler_output
+    return load_head(head, "layers.", seen.shape[1], images.device)(F.normalize(seen, dim=-1))[:, 0]
+
+
+@functools.cache
+def load_head(file, prefix, width, device):
+    """The head of the aesthetic predictor and of ImageReward: (B, width) -> (B, 1)."""
+    from torch.nn import Dropout, Linear, Sequential
+
+    layers = [Linear(width, 1024), Dropout(), Linear(1024, 128), Dropout(), Linear(128, 64), Dropout()]
+    layers += [Linear(64, 16), Linear(16, 1)]
+    state = {k.removeprefix(prefix): v for k, v in load_state(file).items() if k.startswith(prefix)}
+    return fill(Sequential(*layers), state, file, device)
+
+
+def load_state(file):
+    """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read."""
+    if not os.path.exists(file):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            owner, repository, path = file.split("/", 2)
+            file = hf_hub_download(f"{owner}/{repository}", path)
+        except Exception as error:
+            reason = f"no local file, nor to be had from the hub ({type(error).__name__})"
+            raise Unavailable(f"{file}: {reason}") from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Unavailable(f"{file}: not a checkpoint of tensors ({type(error).__name__})") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise Unavailable(f"{file}: a {type(state).__name__}, not tensors by their names")
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def fill(model, state, file, device):
+    """A state dict into a model; one with a key too few, too many or of another shape is refused."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Unavailable(f"{file} does not fit: {' '.join(str(error).split()[:40])} ...") from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def renamed(key, table):
+    """A tensor's name after {pattern: replacement}, one after the other."""
+    for pattern, replacement in table.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def hpsv2(images, prompts, metadata=None, weights="xswu/HPSv2/HPS_v2.1_compressed.pt", base=CLIP_H):
+    """Human Preference Score v2.1 (arXiv 2306.09341, Apache-2.0). cos, about 0.2 to 0.35, of a fine-tuned
+    CLIP ViT-H, converted from open_clip's layout to transformers' class; sizes and tokenizer are `base`'s
+    (MIT). Pixels as its authors' with torchvision 0.17 or later, which antialiases. Needs 4 GB."""
+    clip, tokenizer = load_hpsv2(weights, base, images.device)
+    return clip_cosine(clip, tokenizer, padded(images, clip.config.vision_config.image_size), prompts)
 
 
 def padded(images, size):
@@ -289,143 +407,6 @@ def padded(images, size):
     return normalize(F.pad(pixels, (left, size - width - left, top, size - height - top)), MEAN, STD)
 
 
-def load(kind, name, device=None, **options):
-    """A transformers class from a folder or hub id."""
-    try:
-        thing = kind.from_pretrained(name, **options)
-    except Exception as error:  # a broken file can raise anything
-        raise Unavailable(f"{name} could not be loaded ({first_line(error)})")
-    return thing.eval().requires_grad_(False).to(device, torch.float32) if device else thing
-
-
-def load_state(file):
-    """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read."""
-    if not os.path.exists(file):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            owner, repository, path = file.split("/", 2)
-            file = hf_hub_download(f"{owner}/{repository}", path)
-        except Exception as error:
-            raise Unavailable(f"{file}: no local file, nor to be had from the hub ({type(error).__name__})")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Unavailable(f"{file}: not a checkpoint of tensors ({type(error).__name__})")
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise Unavailable(f"{file}: a {type(state).__name__}, not tensors by their names")
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-
-
-def fill(model, state, file, device):
-    """A state dict into a model; one with a key too few, too many or of another shape is refused."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise Unavailable(f"{file} does not fit: {' '.join(str(error).split()[:40])} ...")
-    return model.eval().requires_grad_(False).to(device)
-
-
-@functools.cache
-def load_clip(model, tokenizer, device):
-    from transformers import AutoTokenizer, CLIPModel
-
-    return load(CLIPModel, model, device), load(AutoTokenizer, tokenizer)
-
-
-_tokenizing = threading.Lock()
-
-
-def tokens(tokenizer, texts, device, length=77, padding=True):
-    """Token ids and mask of texts, padded to the longest and cut to `length`."""
-    with _tokenizing:  # rewards share tokenizers, and those refuse two threads at once
-        batch = tokenizer(texts, truncation=True, max_length=length, return_tensors="pt", padding=padding)
-    return {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-
-
-def clip_cosine(clip, tokenizer, pixels, prompts):
-    """The cosine of picture and prompt in CLIP's space. -> (B,)"""
-    texts = tokens(tokenizer, prompts, pixels.device, clip.config.text_config.max_position_embeddings)
-    out = clip(pixel_values=pixels, **texts)
-    return F.cosine_similarity(out.image_embeds, out.text_embeds)
-
-
-def clip_pixels(clip, images):
-    """Pictures as this CLIP sees them."""
-    return resized(pil(images), clip.config.vision_config.image_size).to(images.device)
-
-
-def pickscore(
-    images,
-    prompts,
-    metadata=None,
-    model="yuvalkirstain/PickScore_v1",
-    tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-):
-    """What people pick (arXiv 2305.01569). exp(logit scale) cos / 26, about 0.7 to 0.9; papers print it times
-    26. No licence was seen on its page; its tokenizer is laion's CLIP ViT-H (MIT). Needs 4 GB."""
-    clip, tokenizer = load_clip(model, tokenizer, images.device)
-    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 26
-
-
-def clipscore(images, prompts, metadata=None, model="openai/clip-vit-large-patch14"):
-    """Agreement of picture and text (arXiv 2104.08718). exp(logit scale) cos / 30, about 100 cos / 30: 0.5 to
-    1.1. OpenAI's CLIP ViT-L (MIT), pixels resized bicubically as CLIP asks; Flow-GRPO resizes bilinearly.
-    Needs 1.7 GB."""
-    clip, tokenizer = load_clip(model, model, images.device)
-    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 30
-
-
-def aesthetic(
-    images,
-    prompts=None,
-    metadata=None,
-    model="openai/clip-vit-large-patch14",
-    head="trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-):
-    """LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE, Apache-2.0): five linear layers on the
-    normalised CLIP ViT-L (MIT) embedding of the picture. About 1 to 10. Needs 1.7 GB."""
-    clip, _ = load_clip(model, model, images.device)
-    seen = clip.get_image_features(pixel_values=clip_pixels(clip, images)).pooler_output
-    return load_head(head, "", seen.shape[1], images.device)(F.normalize(seen, dim=-1))[:, 0]
-
-
-@functools.cache
-def load_head(file, prefix, width, device):
-    """The head of the aesthetic predictor and of ImageReward: (B, width) -> (B, 1)."""
-    from torch.nn import Dropout, Linear, Sequential
-
-    layers = Sequential(
-        Linear(width, 1024),
-        Dropout(),
-        Linear(1024, 128),
-        Dropout(),
-        Linear(128, 64),
-        Dropout(),
-        Linear(64, 16),
-        Linear(16, 1),
-    )
-    prefix += "layers."
-    state = {k.removeprefix(prefix): v for k, v in load_state(file).items() if k.startswith(prefix)}
-    return fill(layers, state, file, device)
-
-
-def hpsv2(
-    images,
-    prompts,
-    metadata=None,
-    weights="xswu/HPSv2/HPS_v2.1_compressed.pt",
-    base="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-):
-    """Human Preference Score v2.1 (arXiv 2306.09341, Apache-2.0). cos, about 0.2 to 0.35, of a fine-tuned
-    CLIP ViT-H, converted from open_clip's layout to transformers' class; sizes and tokenizer are `base`'s
-    (MIT). Pixels as its authors' with torchvision 0.17 or later, which antialiases. Needs 4 GB."""
-    clip, tokenizer = load_hpsv2(weights, base, images.device)
-    return clip_cosine(clip, tokenizer, padded(images, clip.config.vision_config.image_size), prompts)
-
-
 @functools.cache
 def load_hpsv2(weights, base, device):
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -434,87 +415,67 @@ def load_hpsv2(weights, base, device):
     return clip, load(AutoTokenizer, base)
 
 
-OPEN_CLIP_LAYER = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("attn.", "self_attn."),
-    ("c_fc", "fc1"),
-    ("c_proj", "fc2"),
-)
-OPEN_CLIP = (
-    ("conv1.", "embeddings.patch_embedding."),
-    ("class_embedding", "embeddings.class_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"),
-    ("token_embedding.", "embeddings.token_embedding."),
-    ("ln_pre.", "pre_layrnorm."),
-    ("ln_post.", "post_layernorm."),
-    ("ln_final.", "final_layer_norm."),
-)
+OPEN_CLIP = {  # open_clip's names -> transformers'
+    r"^visual\.proj$": "visual_projection.weight",
+    r"^text_projection$": "text_projection.weight",
+    r"^visual\.": "vision_model.",
+    r"^(?=transformer|token_emb|positional_emb|ln_final)": "text_model.",
+    r"\.transformer\.resblocks\.": ".encoder.layers.",
+    r"\.ln_(\d)\.": r".layer_norm\1.",
+    r"\.attn\.": ".self_attn.",
+    r"\.c_fc\.": ".fc1.",
+    r"\.c_proj\.": ".fc2.",
+    r"\.conv1\.": ".embeddings.patch_embedding.",
+    r"\.class_embedding$": ".embeddings.class_embedding",
+    r"\.positional_embedding$": ".embeddings.position_embedding.weight",
+    r"\.token_embedding\.": ".embeddings.token_embedding.",
+    r"\.ln_pre\.": ".pre_layrnorm.",
+    r"\.ln_post\.": ".post_layernorm.",
+    r"\.ln_final\.": ".final_layer_norm.",
+}
 
 
 def from_open_clip(state):
     """An open_clip ViT's state dict -> transformers' CLIPModel's: q, k, v apart, other names and layouts."""
     out = {}
     for key, value in state.items():
-        side = "vision_model." if key.startswith("visual.") else "text_model."
-        name = key.removeprefix("visual.")
-        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
-        if layer and layer[2].startswith("attn.in_proj_"):
-            for which, piece in zip("qkv", value.chunk(3)):
-                kind = layer[2].removeprefix("attn.in_proj_")
-                out[f"{side}encoder.layers.{layer[1]}.self_attn.{which}_proj.{kind}"] = piece
-        elif layer:
-            part = layer[2]
-            for old, new in OPEN_CLIP_LAYER:
-                part = part.replace(old, new)
-            out[f"{side}encoder.layers.{layer[1]}.{part}"] = value
-        elif name in ("proj", "text_projection"):
-            out["visual_projection.weight" if name == "proj" else "text_projection.weight"] = value.T
-        elif name == "logit_scale":
+        name = renamed(key, OPEN_CLIP)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                out[name.replace("in_proj_", f"{letter}_proj.")] = part
+        elif name in ("visual_projection.weight", "text_projection.weight"):
+            out[name] = value.T
+        elif name != "attn_mask":
             out[name] = value
-        elif key != "attn_mask":
-            for old, new in OPEN_CLIP:
-                if name.startswith(old):
-                    name = name.replace(old, new)
-            out[side + name] = value
     return out
 
 
-def imagereward(
-    images,
-    prompts,
-    metadata=None,
-    weights="THUDM/ImageReward/ImageReward.pt",
-    tokenizer="google-bert/bert-base-uncased",
-):
+IMAGEREWARD, BERT = "THUDM/ImageReward/ImageReward.pt", "google-bert/bert-base-uncased"
+
+
+def imagereward(images, prompts, metadata=None, weights=IMAGEREWARD, tokenizer=BERT):
     """ImageReward (arXiv 2304.05977, Apache-2.0). (five linear layers on BLIP's joint embedding - 0.1672) /
     1.0333, unbounded, about -2 to 2. A BLIP ViT-L converted to transformers' classes; BERT's tokenizer
     (Apache-2.0). Needs 1.8 GB."""
     vision, text, head, tokenizer = load_imagereward(weights, tokenizer, images.device)
     pixels = resized(pil(images), vision.config.image_size).to(images.device)
     seen = vision(pixel_values=pixels).last_hidden_state
-    read = tokens(tokenizer, prompts, images.device, 35, padding="max_length")
-    joint = text(
-        **read,
-        encoder_hidden_states=seen,
-        encoder_attention_mask=torch.ones_like(seen[..., 0]),
-        is_decoder=False,
-    ).last_hidden_state[:, 0]
+    asked = tokens(tokenizer, prompts, images.device, 35, padding="max_length")
+    asked |= {"encoder_hidden_states": seen, "encoder_attention_mask": torch.ones_like(seen[..., 0])}
+    joint = text(**asked, is_decoder=False).last_hidden_state[:, 0]
     return (head(joint)[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-TIMM_STARTS = (
-    ("cls_token", "embeddings.class_embedding"),
-    ("pos_embed", "embeddings.position_embedding"),
-    ("patch_embed.proj.", "embeddings.patch_embedding."),
-    ("norm.", "post_layernorm."),
-    ("blocks.", "encoder.layers."),
-)
-TIMM_PARTS = (
-    (".norm", ".layer_norm"),
-    (".attn.qkv.", ".self_attn.qkv."),
-    (".attn.proj.", ".self_attn.projection."),
-)
+TIMM = {  # timm's names of a vision transformer -> transformers'
+    "^cls_token": "embeddings.class_embedding",
+    "^pos_embed": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+}
 
 
 @functools.cache
@@ -530,53 +491,39 @@ def load_imagereward(weights, tokenizer, device):
         if side == "text_encoder" and "position_ids" not in name:
             text[name] = value
         if side == "visual_encoder":
-            for old, new in TIMM_STARTS:
-                if name.startswith(old):
-                    name = new + name.removeprefix(old)
-                    break
-            for old, new in TIMM_PARTS:
-                name = name.replace(old, new)
-            tower[name] = value
+            tower[renamed(name, TIMM)] = value
 
     def layers(state, prefix):
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
     try:
         width, _, _, patch = tower["embeddings.patch_embedding.weight"].shape
-        places = tower["embeddings.position_embedding"].shape[1]
+        positions = tower["embeddings.position_embedding"].shape[1]
         words, depth = text["embeddings.word_embeddings.weight"].shape
-        vision = BlipVisionModel(
-            BlipVisionConfig(
-                hidden_size=width,
-                intermediate_size=len(tower["encoder.layers.0.mlp.fc1.weight"]),
-                num_attention_heads=max(1, width // 64),
-                num_hidden_layers=layers(tower, "encoder.layers."),
-                image_size=patch * math.isqrt(places - 1),
-                patch_size=patch,
-                layer_norm_eps=1e-6,
-                hidden_act="gelu",
-            )
+        vision_config = BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=len(tower["encoder.layers.0.mlp.fc1.weight"]),
+            num_attention_heads=max(1, width // 64),
+            num_hidden_layers=layers(tower, "encoder.layers."),
+            image_size=patch * math.isqrt(positions - 1),
+            patch_size=patch,
+            layer_norm_eps=1e-6,
+            hidden_act="gelu",
         )
-        bert = BlipTextModel(
-            BlipTextConfig(
-                hidden_size=depth,
-                intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
-                num_attention_heads=max(1, depth // 64),
-                num_hidden_layers=layers(text, "encoder.layer."),
-                max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
-                vocab_size=words,
-                encoder_hidden_size=width,
-            ),
-            add_pooling_layer=False,
+        text_config = BlipTextConfig(
+            hidden_size=depth,
+            intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
+            num_attention_heads=max(1, depth // 64),
+            num_hidden_layers=layers(text, "encoder.layer."),
+            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+            vocab_size=words,
+            encoder_hidden_size=width,
         )
+        vision, bert = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
     except (KeyError, ValueError) as error:
-        raise Unavailable(f"{weights} does not fit: {error}")
-    return (
-        fill(vision, tower, weights, device),
-        fill(bert, text, weights, device),
-        load_head(weights, "mlp.", depth, device),
-        load(AutoTokenizer, tokenizer),
-    )
+        raise Unavailable(f"{weights} does not fit: {error}") from error
+    vision, bert = fill(vision, tower, weights, device), fill(bert, text, weights, device)
+    return vision, bert, load_head(weights, "mlp.layers.", depth, device), load(AutoTokenizer, tokenizer)
 
 
 def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-large", size=480, length=35):
@@ -586,19 +533,20 @@ def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-l
     interpolated twice where the official ones are not at all. The phrases are the row's "phrases", or spaCy's
     as in the official scorer: needs spacy and its en_core_web_sm for that, and 1.5 GB."""
     blip, tokenizer = load_blip(model, images.device)
-    config, scores = blip.config.text_config, []
-    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    config = blip.config.text_config
+    yes_no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     start = torch.full((1, 1), config.bos_token_id, device=images.device)
     pixels = resized(pil(images), size, crop=False).to(images.device)
+    scores = []
     for picture, prompt, row in zip(pixels, prompts, metadata or [{}] * len(prompts)):
         seen = blip.vision_model(pixel_values=picture[None], interpolate_pos_encoding=True)[0]
         score = torch.ones((), device=images.device)
-        for phrase in noun_phrases(row | {"prompt": prompt})[:8]:  # alone: the decoder ignores a padding mask
+        for phrase in noun_phrases(row | {"prompt": prompt})[:8]:  # one by one: the decoder ignores a mask
             words = re.sub(r'[.!"()*#:;~]', "", f"{phrase}?".lower()).split(" ")[:50]
             question = tokens(tokenizer, [" ".join(words)], images.device, length)["input_ids"]
             question[:, 0] = config.bos_token_id + 1  # BLIP's [ENC]
             asked = blip.text_encoder(question, encoder_hidden_states=seen, return_dict=False)[0]
-            logits = blip.text_decoder(start, encoder_hidden_states=asked).logits[0, 0, [yes, no]]
+            logits = blip.text_decoder(start, encoder_hidden_states=asked).logits[0, 0, yes_no]
             score = score * logits.softmax(-1)[0]
         scores.append(score)
     return torch.stack(scores)
@@ -618,7 +566,8 @@ def noun_phrases(row, **_):
     if phrases is None:
         phrases = [chunk.text for chunk in load_spacy()(row["prompt"]).noun_chunks]
         phrases = [phrase for phrase in phrases if phrase not in ("top", "the side", "the left", "the right")]
-    if not (isinstance(phrases, list) and phrases and all(isinstance(p, str) and p.strip() for p in phrases)):
+    are_texts = isinstance(phrases, list) and all(isinstance(p, str) and p.strip() for p in phrases)
+    if not phrases or not are_texts:
         raise ValueError(f"blipvqa finds no noun phrase in {row['prompt']!r}")
     return phrases
 
@@ -630,98 +579,38 @@ def load_spacy():
 
     try:
         return spacy.load("en_core_web_sm")
-    except OSError:
-        raise Unavailable("python -m spacy download en_core_web_sm")
+    except OSError as error:
+        raise Unavailable("python -m spacy download en_core_web_sm") from error
 
 
-# -- 3. GenEval (arXiv 2310.11513): a detector finds the objects, CLIP their colours, and rules judge --------
+# -- 4. GenEval (arXiv 2310.11513): a detector finds the objects, CLIP their colours, and rules judge --------
 
 # COCO's classes in COCO's order, with GenEval's names
-OBJECTS = [
-    "person",
-    "bicycle",
-    "car",
-    "motorcycle",
-    "airplane",
-    "bus",
-    "train",
-    "truck",
-    "boat",
-    "traffic light",
-    "fire hydrant",
-    "stop sign",
-    "parking meter",
-    "bench",
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "backpack",
-    "umbrella",
-    "handbag",
-    "tie",
-    "suitcase",
-    "frisbee",
-    "skis",
-    "snowboard",
-    "sports ball",
-    "kite",
-    "baseball bat",
-    "baseball glove",
-    "skateboard",
-    "surfboard",
-    "tennis racket",
-    "bottle",
-    "wine glass",
-    "cup",
-    "fork",
-    "knife",
-    "spoon",
-    "bowl",
-    "banana",
-    "apple",
-    "sandwich",
-    "orange",
-    "broccoli",
-    "carrot",
-    "hot dog",
-    "pizza",
-    "donut",
-    "cake",
-    "chair",
-    "couch",
-    "potted plant",
-    "bed",
-    "dining table",
-    "toilet",
-    "tv",
-    "laptop",
-    "computer mouse",
-    "tv remote",
-    "computer keyboard",
-    "cell phone",
-    "microwave",
-    "oven",
-    "toaster",
-    "sink",
-    "refrigerator",
-    "book",
-    "clock",
-    "vase",
-    "scissors",
-    "teddy bear",
-    "hair drier",
-    "toothbrush",
-]
+OBJECTS = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack,
+umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,
+skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,
+sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed,
+dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven,
+toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
+OBJECTS = OBJECTS.replace("\n", " ").split(", ")
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 RELATIONS = "left of", "right of", "above", "below"
-DETECTOR, COLOR_CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+
+
+def geneval(images, prompts, metadata, detector=DETECTOR, clip=CLIP_L):
+    """GenEval with partial credit, the training reward; in [0, 1]: `geneval_credit`. Mask2Former Swin-S from
+    transformers (code MIT, weights "other"), not the official evaluator's mmdetection weights, so not its
+    exact numbers; CLIP ViT-L (MIT). Needs scipy, 2 GB, and the metadata of GenEval's *_metadata.jsonl. The
+    paper's GenEval column is most likely this one."""
+    return torch.tensor([float(v.credit) for v in geneval_verdicts(images, metadata, detector, clip)])
+
+
+def geneval_strict(images, prompts, metadata, detector=DETECTOR, clip=CLIP_L):
+    """GenEval as its authors score it: 1 if everything asked for is there, else 0: `geneval_correct`. Models
+    and needs as `geneval`."""
+    return torch.tensor([float(v.correct) for v in geneval_verdicts(images, metadata, detector, clip)])
 
 
 class Object(typing.NamedTuple):
@@ -730,26 +619,16 @@ class Object(typing.NamedTuple):
     mask: object  # (H, W) bool
 
 
-def geneval(images, prompts, metadata, detector=DETECTOR, clip=COLOR_CLIP):
-    """GenEval with partial credit, the training reward; in [0, 1]: `geneval_credit`. Mask2Former Swin-S from
-    transformers (code MIT, weights "other"), not the official evaluator's mmdetection weights, so not its
-    exact numbers; CLIP ViT-L (MIT). Needs scipy, 2 GB, and the metadata of GenEval's *_metadata.jsonl. The
-    paper's GenEval column is most likely this one."""
-    return torch.tensor([float(v[1]) for v in geneval_verdicts(images, metadata, detector, clip)])
-
-
-def geneval_strict(images, prompts, metadata, detector=DETECTOR, clip=COLOR_CLIP):
-    """GenEval as its authors score it: 1 if everything asked for is there, else 0: `geneval_correct`. Models
-    and needs as `geneval`."""
-    return torch.tensor([float(v[0]) for v in geneval_verdicts(images, metadata, detector, clip)])
+class Verdict(typing.NamedTuple):
+    correct: bool
+    credit: float
 
 
 _verdicts, _verdicts_lock = {}, threading.Lock()
 
 
-def geneval_verdicts(images, metadata, detector=DETECTOR, clip=COLOR_CLIP):
-    """[(correct, credit, reason)] of a batch. The last batch is remembered, so that both scores cost one
-    detection."""
+def geneval_verdicts(images, metadata, detector=DETECTOR, clip=CLIP_L):
+    """[Verdict] of a batch. The last batch is remembered, so that both scores cost one detection."""
     key = hashlib.sha256(images.cpu().numpy().tobytes()).digest(), json.dumps(metadata), detector, clip
     with _verdicts_lock:
         if key not in _verdicts:
@@ -758,8 +637,8 @@ def geneval_verdicts(images, metadata, detector=DETECTOR, clip=COLOR_CLIP):
             for picture, objects, row in zip(pil(images), detect(images, detector), metadata):
                 found = confident(objects, row["tag"])
                 colors = functools.partial(object_colors, picture, clip=clip, device=images.device)
-                correct, reason = geneval_correct(found, colors, row)
-                verdicts.append((correct, geneval_credit(found, colors, row), reason))
+                correct, _ = geneval_correct(found, colors, row)
+                verdicts.append(Verdict(correct, geneval_credit(found, colors, row)))
             _verdicts.clear()
             _verdicts[key] = verdicts
         return _verdicts[key]
@@ -769,35 +648,29 @@ def check_geneval(row, **_):
     """Refuse a prompt's row that is not GenEval's metadata: {"tag", "include": [{"class", "count", "color"?,
     "position"?}], "exclude"?}."""
     include, exclude = row.get("include"), row.get("exclude", [])
-    lists = isinstance(include, list) and isinstance(exclude, list) and include
-    if not lists or not isinstance(row.get("tag"), str):
-        raise ValueError(
-            'a geneval prompt needs the "tag" and "include" of GenEval\'s metadata files: '
-            f"{row.get('prompt')!r}"
-        )
+    has_lists = isinstance(include, list) and isinstance(exclude, list) and include
+    if not has_lists or not isinstance(row.get("tag"), str):
+        needs = 'a geneval prompt needs the "tag" and "include" of GenEval\'s metadata files'
+        raise ValueError(f"{needs}: {row.get('prompt')!r}")
+    for number, thing in enumerate(include + exclude):
+        if not can_be_sought(thing, number):
+            raise ValueError(f"not something geneval can look for (class, count, color, position): {thing}")
 
-    def whole(number):
-        return isinstance(number, int) and not isinstance(number, bool)
 
-    for i, r in enumerate(include + exclude):
-        fits = (
-            isinstance(r, dict)
-            and r.get("class") in OBJECTS
-            and r.get("color", "red") in COLORS
-            and whole(r.get("count"))
-            and r["count"] > 0
-        )
-        place = r.get("position") if fits else None
-        if place is not None:
-            fits = (
-                isinstance(place, list)
-                and len(place) == 2
-                and place[0] in RELATIONS
-                and whole(place[1])
-                and 0 <= place[1] < i
-            )
-        if not fits:
-            raise ValueError(f"not something geneval can look for (class, count, color, position): {r}")
+def can_be_sought(thing, number):
+    """Whether the thing of this number in a row is one of GenEval's: {"class", "count", "color"?,
+    "position"?: [relation, number of an earlier thing]}."""
+    if not isinstance(thing, dict) or thing.get("class") not in OBJECTS:
+        return False
+    if type(thing.get("count")) is not int or thing["count"] < 1 or thing.get("color", "red") not in COLORS:
+        return False
+    position = thing.get("position")
+    if position is None:
+        return True
+    if not isinstance(position, list) or len(position) != 2:
+        return False
+    relation, target = position
+    return relation in RELATIONS and type(target) is int and 0 <= target < number
 
 
 @torch.no_grad()
@@ -807,10 +680,10 @@ def detect(images, detector=DETECTOR):
     enlarged to the padded input, cropped, resized; score = class probability x mean mask probability inside
     the mask. (transformers' own post-processing makes one overlapping map of 384 x 384.)"""
     network = load_detector(detector, images.device)
+    resize = functools.partial(F.interpolate, mode="bilinear")
     height, width = images.shape[-2:]
     scale = min(800 / min(height, width), 1333 / max(height, width))
     h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-    resize = functools.partial(F.interpolate, mode="bilinear")
     pictures = []
     for image in images.float():
         x = normalize(resize(image[None], (h, w)), IMAGENET_MEAN, IMAGENET_STD)
@@ -820,18 +693,19 @@ def detect(images, detector=DETECTOR):
         scores, best = classes.flatten().topk(min(100, classes.numel()))
         best, scores = best[scores > 0.3], scores[scores > 0.3]  # masks can only lower a score
         objects = {}
-        if len(best):
-            masks = resize(out.masks_queries_logits[:, best // len(OBJECTS)], x.shape[-2:])[..., :h, :w]
-            logits = resize(masks, (height, width))[0]
-            masks = logits > 0  # (N, H, W)
-            scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
-            for i in scores.argsort(descending=True).tolist():
-                if scores[i] > 0.3:
-                    rows, columns = masks[i].any(1).nonzero(), masks[i].any(0).nonzero()
-                    box = columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1
-                    found = Object(scores[i].item(), box, masks[i].cpu().numpy())
-                    objects.setdefault(OBJECTS[best[i] % len(OBJECTS)], []).append(found)
         pictures.append(objects)
+        if not len(best):
+            continue
+        masks = resize(out.masks_queries_logits[:, best // len(OBJECTS)], x.shape[-2:])[..., :h, :w]
+        logits = resize(masks, (height, width))[0]
+        masks = logits > 0  # (N, H, W)
+        scores = scores * (logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+        for i in scores.argsort(descending=True).tolist():
+            if scores[i] > 0.3:
+                rows, columns = masks[i].any(1).nonzero(), masks[i].any(0).nonzero()
+                box = columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1
+                found = Object(scores[i].item(), box, masks[i].cpu().numpy())
+                objects.setdefault(OBJECTS[best[i] % len(OBJECTS)], []).append(found)
     return pictures
 
 
@@ -862,8 +736,6 @@ def confident(objects, tag):
 def object_colors(picture, objects, name, clip, device):
     """The colour of each object, by zero-shot CLIP on the picture's crop with everything but the object
     grey."""
-    from PIL import Image
-
     grey = Image.new("RGB", picture.size, "#999")
     crops = [Image.composite(picture, grey, Image.fromarray(o.mask)).crop(o.box) for o in objects]
     model, _ = load_clip(clip, clip, device)
@@ -876,40 +748,13 @@ def object_colors(picture, objects, name, clip, device):
 def color_words(clip, name, device):
     """CLIP's embeddings of the ten colours of a thing, each the mean of three phrases. -> (10, D)"""
     model, tokenizer = load_clip(clip, clip, device)
-    texts = [
-        f"a photo of a {words}"
-        for color in COLORS
-        for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object")
-    ]
+    texts = []
+    for color in COLORS:
+        for words in (f"{color} {name}", f"{color}-colored {name}", f"{color} object"):
+            texts.append(f"a photo of a {words}")
     texts = tokens(tokenizer, texts, device, model.config.text_config.max_position_embeddings)
     words = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)
     return F.normalize(words.view(len(COLORS), 3, -1).mean(1), dim=-1)
-
-
-def relations(a, b):
-    """Where box a lies of box b: a subset of left of, right of, above, below. An offset within a tenth of the
-    two sizes does not count."""
-    a, b = np.array(a), np.array(b)
-    offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
-    sizes = a[2:] - a[:2] + b[2:] - b[:2]
-    clear = np.maximum(abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
-    if (abs(clear) < 1e-3).all():
-        return set()
-    dx, dy = clear / np.linalg.norm(offset)
-    return {name for name, so in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if so}
-
-
-def misplaced(group, position, groups):
-    """Why a group does not stand where it should, or None: every object must have the relation to every
-    object of the target."""
-    relation, target = position
-    if target >= len(groups) or groups[target] is None:
-        return "no target"
-    for a in group:
-        for b in groups[target]:
-            found = relations(a.box, b.box)
-            if relation not in found:
-                return f"not {relation} the target but {' and '.join(sorted(found)) or 'nowhere'}"
 
 
 def geneval_correct(found, colors, row):
@@ -955,11 +800,40 @@ def geneval_credit(found, colors, row):
     return sum(credits) / len(credits)
 
 
-# -- 4. Judges: models behind an OpenAI-compatible endpoint (vLLM, SGLang ...) -------------------------------
+def misplaced(group, position, groups):
+    """Why a group does not stand where it should, or None: every object must have the relation to every
+    object of the target."""
+    relation, target = position
+    if target >= len(groups) or groups[target] is None:
+        return "no target"
+    for a in group:
+        for b in groups[target]:
+            found = relations(a.box, b.box)
+            if relation not in found:
+                return f"not {relation} the target but {' and '.join(sorted(found)) or 'nowhere'}"
+
+
+def relations(a, b):
+    """Where box a lies of box b: a subset of left of, right of, above, below. An offset within a tenth of the
+    two sizes does not count."""
+    a, b = np.array(a), np.array(b)
+    offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
+    sizes = a[2:] - a[:2] + b[2:] - b[:2]
+    clear = np.maximum(abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
+    if (abs(clear) < 1e-3).all():
+        return set()
+    dx, dy = clear / np.linalg.norm(offset)
+    return {name for name, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if holds}
+
+
+# -- 5. Judges: models behind an OpenAI-compatible endpoint (vLLM, SGLang ...) -------------------------------
 # --reward NAME=openai+http://HOST:PORT/v1; the environment's REWARD_API_KEY is sent along, if there is one
 
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
-BOTH = (
+ASK_LEVEL = (
+    "How good is the quality of this picture? Answer with one word: excellent, good, fair, poor or bad."
+)
+ASK_SCORE = (
     "The picture was made for this caption: {prompt}\nJudge two things: whether it shows everything the "
     "caption says, with the right attributes and relations, and how good it is as a picture: clear, "
     "detailed, free of artefacts, pleasant to look at. Give one score from 1 (worst) to 5 (best)."
@@ -970,17 +844,7 @@ AGAIN = "\nAnswer briefly, and in exactly the form that is asked for."
 SAID = {}  # {endpoint: why its last answer without a score was none}
 
 
-def deqa(
-    images,
-    prompts=None,
-    metadata=None,
-    url="",
-    model="",
-    timeout=120.0,
-    retries=3,
-    prompt="How good is the quality of this picture? Answer with one word: excellent, good, fair, poor "
-    "or bad.",
-):
+def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, retries=3, prompt=ASK_LEVEL):
     """Picture quality (DeQA-Score, arXiv 2501.11561, MIT). sum_l p_l l / 5 over the probabilities of five
     words in the first answered token, l from 5 (excellent) to 1 (bad); in [0.2, 1]; papers print it times 5.
     Needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT, since neither vLLM nor SGLang serves DeQA-Score's
@@ -991,33 +855,34 @@ def deqa(
             "needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
             "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1"
         )
-
-    def read(answer):
-        try:
-            top = answer["logprobs"]["content"][0]["top_logprobs"]
-            likely = [(t["token"].strip(" ▁Ġ").lower(), math.exp(float(t["logprob"]))) for t in top]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise Unavailable(f"{url}: {model} gave no log-probabilities of its first token")
-        mass = {level: sum(p for word, p in likely if word and level.startswith(word)) for level in LEVELS}
-        total = sum(mass.values())
-        if total < 0.5:
-            raise NoAnswer(
-                f"{', '.join(LEVELS)} together have {total:.0%} of the probability; the likeliest "
-                f"tokens are {listing([repr(word) for word, _ in likely])}"
-            )
-        return sum(p * LEVELS[level] for level, p in mass.items()) / total / 5
-
     limits = dict(max_tokens=1, logprobs=True, top_logprobs=20)
+    read = functools.partial(read_level, who=f"{url}: {model}")
     return ask_all(read, images, [prompt] * len(images), url, model, timeout, retries, **limits)
+
+
+def read_level(answer, who):
+    """The expected level of an answer's first token, in [0.2, 1]."""
+    try:
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        likely = [(t["token"].strip(" ▁Ġ").lower(), math.exp(float(t["logprob"]))) for t in top]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Unavailable(f"{who} gave no log-probabilities of its first token") from error
+    mass = {level: sum(p for word, p in likely if word and level.startswith(word)) for level in LEVELS}
+    total = sum(mass.values())
+    if total < 0.5:
+        tokens_seen = listing([repr(word) for word, _ in likely])
+        share = f"{', '.join(LEVELS)} together have {total:.0%} of the probability"
+        raise NoAnswer(f"{share}; the likeliest tokens are {tokens_seen}")
+    return sum(p * LEVELS[level] for level, p in mass.items()) / total / 5
 
 
 def qwenvl(
     images,
     prompts,
-    metadata=None,
+    metadata,
     url="",
     model="Qwen/Qwen3-VL-30B-A3B-Instruct",
-    prompt=BOTH + " Be strict. Think it over, then end with <Score>N</Score>.",
+    prompt=ASK_SCORE + " Be strict. Think it over, then end with <Score>N</Score>.",
     pattern=r"(?i)score\s*(?:\([^)]*\))?" + SCORE,
     max_tokens=1024,
     max_completion_tokens=0,
@@ -1038,10 +903,10 @@ def qwenvl(
 def unifiedreward(
     images,
     prompts,
-    metadata=None,
+    metadata,
     url="",
     model="CodeGoat24/UnifiedReward-qwen-7b",
-    prompt=BOTH + " Write it after 'Final Score:'.",
+    prompt=ASK_SCORE + " Write it after 'Final Score:'.",
     pattern=r"(?i)final score" + SCORE,
     max_tokens=1024,
     max_completion_tokens=0,
@@ -1051,19 +916,8 @@ def unifiedreward(
     """UnifiedReward (arXiv 2503.05236, MIT): caption and quality; in [0, 1], read as `qwenvl`. Needs an
     endpoint. The wording the model was trained on stands on its page: unifiedreward.prompt=@FILE, {prompt}
     for the caption."""
-    return qwenvl(
-        images,
-        prompts,
-        metadata,
-        url,
-        model,
-        prompt,
-        pattern,
-        max_tokens,
-        max_completion_tokens,
-        timeout,
-        retries,
-    )
+    limits = max_tokens, max_completion_tokens
+    return qwenvl(images, prompts, metadata, url, model, prompt, pattern, *limits, timeout, retries)
 
 
 def read_score(answer, pattern):
@@ -1071,10 +925,10 @@ def read_score(answer, pattern):
     message = answer.get("message")
     said = message.get("content") if isinstance(message, dict) else None
     said = said if isinstance(said, str) else ""
-    spoken = said.rpartition("</think>")[2]
-    if answer.get("finish_reason") == "length" or "<think>" in spoken:
+    conclusion = said.rpartition("</think>")[2]
+    if answer.get("finish_reason") == "length" or "<think>" in conclusion:
         raise NoAnswer(f"an answer cut off before its end (a larger max_tokens may help): {said[-200:]!r}")
-    found = [NUMBER.match(spoken, m.start(1)) for m in re.finditer(pattern, spoken)]
+    found = [NUMBER.match(conclusion, m.start(1)) for m in re.finditer(pattern, conclusion)]
     found = [number for number in found if number]
     if not found:
         raise NoAnswer(f"no score where {pattern!r} looks for one, in the answer {said[-200:]!r}")
@@ -1091,7 +945,7 @@ def ask_all(read, images, texts, url, model, timeout, retries, **options):
     if not url:
         raise Unavailable("needs an endpoint: NAME=openai+http://HOST:PORT/v1 (or NAME=WEIGHT,openai+...)")
 
-    def one(picture, text):
+    def ask(picture, text):
         for temperature in (0, 0.5, 1):
             question = text + AGAIN if temperature else text
             request = options | {"temperature": temperature}
@@ -1103,24 +957,24 @@ def ask_all(read, images, texts, url, model, timeout, retries, **options):
         return math.nan
 
     with ThreadPoolExecutor(16) as pool:
-        return torch.tensor(list(pool.map(one, pil(images), texts)), dtype=torch.float32)
+        return torch.tensor(list(pool.map(ask, pil(images), texts)), dtype=torch.float32)
 
 
 def chat(url, model, text, picture, timeout, retries, **options):
     """The first choice of a chat completion about a picture."""
-    image = "data:image/png;base64," + base64.b64encode(encoded(picture)).decode()
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+    image = {"url": "data:image/png;base64," + base64.b64encode(encoded(picture)).decode()}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": text}]
     request = {"model": model, "messages": [{"role": "user", "content": content}]} | options
     key = os.environ.get("REWARD_API_KEY", "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answer = post_json(url + "/chat/completions", request, timeout, retries, headers)
     try:
         return answer["choices"][0] | {}
-    except (KeyError, IndexError, TypeError):
-        raise Unavailable(f"{url}: answered {str(answer)[:200]!r}, not a chat completion")
+    except (KeyError, IndexError, TypeError) as error:
+        raise Unavailable(f"{url}: answered {str(answer)[:200]!r}, not a chat completion") from error
 
 
-# -- 5. Reward servers ---------------------------------------------------------------------------------------
+# -- 6. Reward servers ---------------------------------------------------------------------------------------
 
 
 def served(images, prompts, metadata, url, name, timeout=120.0, retries=3):
@@ -1137,20 +991,15 @@ def served_pickle(images, prompts, metadata, url, name, timeout=120.0, retries=3
     a pickle comes, of which plain values alone are read: a reply that names any class or function is refused.
     `geneval` takes its "scores", `geneval_strict` its "rewards" (the official verdicts), any other name
     "outputs"."""
-    pictures = [encoded(p, "JPEG") for p in pil(images)]
-    question = {
-        "images": pictures,
-        "prompts": list(prompts),
-        "meta_datas": list(metadata),
-        "only_strict": False,
-    }
+    question = {"images": [encoded(p, "JPEG") for p in pil(images)], "prompts": list(prompts)}
+    question |= {"meta_datas": list(metadata), "only_strict": False}
     reply = post(url, pickle.dumps(question), {"Content-Type": "application/octet-stream"}, timeout, retries)
     try:
         answer = PlainUnpickler(io.BytesIO(reply)).load()
     except RewardError as error:
-        raise RewardError(f"{url}: {error}")
-    except Exception:  # a broken pickle can raise anything
-        raise RewardError(f"{url}: a reply that is no pickle of plain values")
+        raise RewardError(f"{url}: {error}") from error
+    except Exception as error:  # a broken pickle can raise anything
+        raise RewardError(f"{url}: a reply that is no pickle of plain values") from error
     key = {"geneval": "scores", "geneval_strict": "rewards"}.get(name, "outputs")
     return numbers(answer, key, len(images), url)
 
@@ -1165,61 +1014,37 @@ class PlainUnpickler(pickle.Unpickler):
 def numbers(answer, key, count, url):
     """A server's scores, one finite number a picture. -> (B,)"""
     values = answer.get(key) if isinstance(answer, dict) else None
-    if (
-        not isinstance(values, (list, tuple))
-        or len(values) != count
-        or not all(isinstance(v, (int, float)) and abs(v) < 1e30 for v in values)
-    ):
+    fits = isinstance(values, (list, tuple)) and len(values) == count
+    if not fits or not all(isinstance(v, (int, float)) and abs(v) < 1e30 for v in values):
         raise RewardError(f"{url}: answered {str(values)[:200]}, not {count} finite numbers")
     return torch.tensor(values, dtype=torch.float32)
 
 
-# -- 6. HTTP -------------------------------------------------------------------------------------------------
-
 LARGEST = 2**26  # bytes of an answer
 
 
-def post_json(url, data, timeout, retries, headers={}):
+def post_json(url, data, timeout, retries, headers=None):
     """POST of JSON; the reply's JSON."""
-    headers = {"Content-Type": "application/json"} | headers
+    headers = {"Content-Type": "application/json"} | (headers or {})
     reply = post(url, json.dumps(data).encode(), headers, timeout, retries)
     try:
         return json.loads(reply)
-    except ValueError:
-        raise RewardError(f"{url}: answered {reply[:200]!r}, which is not JSON")
+    except ValueError as error:
+        raise RewardError(f"{url}: answered {reply[:200]!r}, which is not JSON") from error
 
 
 def post(url, body, headers, timeout, retries):
     """POST; the reply's bytes. `timeout` seconds bound a whole attempt, however slowly the server drips.
     After a failure that may pass (no connection, no answer in time, 408, 429, 5xx) it waits as long as the
-    server asks, or 1, 2, 4, ... seconds, and tries again, `retries` times; then Unavailable. Pictures and
-    keys go where the user sent them: no redirect is followed, and what is sent to this machine itself passes
-    no proxy."""
+    server asks, or 1, 2, 4, ... seconds, and tries again, `retries` times; then Unavailable."""
     need("httpx2")
     import httpx2
 
-    host = urllib.parse.urlsplit(url).hostname or ""
-    here = host in ("localhost", "::1") or host.startswith("127.")
-
-    async def attempt():
-        reply = b""
-        async with httpx2.AsyncClient(timeout=None, trust_env=not here, verify=certificates()) as client:
-            async with client.stream("POST", url, content=body, headers=headers) as response:
-                try:
-                    async for part in response.aiter_bytes():
-                        reply += part
-                        if len(reply) > LARGEST:
-                            raise RewardError(f"{url}: an answer of more than {LARGEST / 2**20:g} MB")
-                except httpx2.HTTPError:
-                    if response.is_success:  # the page of an error may be cut
-                        raise
-        return response, reply
-
-    for k in range(retries + 1):
-        pause = 2**k
+    for attempt in range(retries + 1):
+        pause = 2**attempt
         try:
-            response, reply = asyncio.run(asyncio.wait_for(attempt(), timeout))
-        except TimeoutError:
+            response, reply = asyncio.run(asyncio.wait_for(post_once(url, body, headers), timeout))
+        except asyncio.TimeoutError:
             problem = f"no whole answer in {timeout:g} seconds"
         except (httpx2.HTTPError, OSError) as error:
             problem = str(error) or type(error).__name__
@@ -1230,9 +1055,30 @@ def post(url, body, headers, timeout, retries):
             if response.status_code not in (408, 429) and response.status_code < 500:
                 break
             pause = retry_after(response.headers.get("Retry-After"), pause)
-        if k < retries:
+        if attempt < retries:
             time.sleep(pause)
-    raise Unavailable(f"{url}: {problem} ({k + 1} attempt{'s' if k else ''})")
+    raise Unavailable(f"{url}: {problem} ({attempt + 1} attempt{'s' if attempt else ''})")
+
+
+async def post_once(url, body, headers):
+    """POST; (response, its bytes). Pictures and keys go where the user sent them: no redirect is followed, and
+    what is sent to this machine itself passes no proxy."""
+    import httpx2
+
+    host = urllib.parse.urlsplit(url).hostname or ""
+    here = host in ("localhost", "::1") or host.startswith("127.")
+    client = httpx2.AsyncClient(timeout=None, trust_env=not here, verify=certificates())
+    reply = b""
+    async with client, client.stream("POST", url, content=body, headers=headers) as response:
+        try:
+            async for part in response.aiter_bytes():
+                reply += part
+                if len(reply) > LARGEST:
+                    raise RewardError(f"{url}: an answer of more than {LARGEST / 2**20:g} MB")
+        except httpx2.HTTPError:
+            if response.is_success:  # the page of an error may be cut
+                raise
+    return response, reply
 
 
 @functools.cache
@@ -1246,13 +1092,11 @@ def certificates():
 def message_of(reply):
     """What a server says of its error, on one line: JSON's message, or else the end of its text."""
     text = re.sub(r"<[^>]*>", " ", reply.decode(errors="replace"))[-300:]
-    try:
+    with contextlib.suppress(ValueError):
         found = json.loads(reply)
         for key in ("error", "message", "detail"):
             found = found.get(key, found) if isinstance(found, dict) else found
         text = str(found)[:300]
-    except ValueError:
-        pass
     return " ".join(text.split())
 
 
@@ -1269,30 +1113,6 @@ def retry_after(header, otherwise):
 # -- 7. What the flags --reward and --reward-option mean -----------------------------------------------------
 
 
-def rewards_in(file):
-    """{name: docstring} of the rewards in a Python file, found without running it: functions of (images,
-    prompts, metadata), with a default for everything after these."""
-    found = {}
-    with open(file, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            names = [argument.arg for argument in node.args.args]
-            if names[:3] == ["images", "prompts", "metadata"] and len(node.args.defaults) >= len(names) - 3:
-                found[node.name] = ast.get_docstring(node) or ""
-    return found
-
-
-CHECKS = {
-    "ocr": check_ocr,
-    "geneval": check_geneval,
-    "geneval_strict": check_geneval,
-    "blipvqa": noun_phrases,
-}
-JUDGES = "deqa", "qwenvl", "unifiedreward"
-PACKAGES = {"ocr": "rapidocr", "blipvqa": "en_core_web_sm"}  # that bring weights
-
-
 class Reward(typing.NamedTuple):
     function: typing.Callable
     weight: float = 1.0
@@ -1300,10 +1120,61 @@ class Reward(typing.NamedTuple):
     identity: str = ""  # what its scores depend on
 
 
-def module_file(module):
-    """The file of a module beside this one, mine.py or mine/__init__.py; None if there is none."""
-    files = [os.path.join(HERE, file) for file in (module + ".py", os.path.join(module, "__init__.py"))]
-    return next(filter(os.path.exists, files), None)
+SPEC = re.compile(
+    r"(?P<name>[\w.-]+)(?:@(?P<task>[\w-]+))?(?:=(?P<weight>\d+\.?\d*|\.\d+))?"
+    r"(?:[=,](?P<kind>pickle\+|openai\+|)(?P<url>https?://[^\s/]\S*))?"
+)
+SERVERS = {"": served, "pickle+": served_pickle}
+JUDGES = "deqa", "qwenvl", "unifiedreward"
+CHECKS = {
+    "ocr": check_ocr,
+    "geneval": check_geneval,
+    "geneval_strict": check_geneval,
+    "blipvqa": noun_phrases,
+}
+PACKAGES = {"ocr": "rapidocr", "blipvqa": "en_core_web_sm"}  # that bring weights
+
+
+def parse_rewards(specs, options=()):
+    """["toy.ocr", "jpeg@scene=0.1"], ["ocr.KEY=VALUE"] -> {"ocr": Reward(function, 1.0), "jpeg":
+    Reward(function, 0.1, "scene")}."""
+    texts, rewards = {}, {}
+    for option in options or ():
+        m = re.fullmatch(r"([\w.-]+)\.(\w+)=(.*)", option, re.DOTALL)
+        if not m:
+            die(f"--reward-option {option}: expected NAME.KEY=VALUE")
+        texts.setdefault(m[1], {})[m[2]] = m[3]
+    for spec in specs or ():
+        m = SPEC.fullmatch(spec)
+        if not m or (m["weight"] and not float(m["weight"])):
+            forms = "NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or NAME=WEIGHT,URL"
+            die(f"--reward {spec}: expected {forms}")
+        full_name, kind, url = m["name"], m["kind"], m["url"]
+        name = full_name.rpartition(".")[2]
+        if name in rewards:
+            die(f"--reward {spec}: {name} is given twice")
+        if kind == "openai+" and full_name not in JUDGES:
+            die(f"--reward {spec}: openai+ is for {', '.join(JUDGES)}")
+        function, fixed = SERVERS.get(kind) or load_reward(full_name), {}
+        if url:
+            check_url(spec, url)
+            fixed["url"] = url.rstrip("/")
+        if kind in SERVERS:
+            fixed["name"] = name
+        fixed |= read_options(full_name, function, texts.pop(full_name, {}))
+        function = functools.partial(function, **fixed)
+        rewards[name] = Reward(function, float(m["weight"] or 1), m["task"], identity(full_name, function))
+    if texts:
+        die(f"--reward-option {', '.join(texts)}: not among --reward {' '.join(specs or ())}")
+    return rewards
+
+
+def check_url(spec, url):
+    """Refuse an address that cannot be one."""
+    try:
+        return urllib.parse.urlsplit(url).port
+    except ValueError as error:
+        die(f"--reward {spec}: {error}")
 
 
 def load_reward(name):
@@ -1318,62 +1189,23 @@ def load_reward(name):
     die(f"--reward {name}: no such reward here, nor in a file beside it; python rewards.py lists them")
 
 
-def parse_rewards(specs, options=()):
-    """["toy.ocr", "jpeg@scene=0.1"], ["ocr.KEY=VALUE"] -> {"ocr": Reward(function, 1.0), "jpeg":
-    Reward(function, 0.1, "scene")}."""
-    chosen, rewards = {}, {}
-    for option in options or ():
-        m = re.fullmatch(r"([\w.-]+)\.(\w+)=(.*)", option, re.S)
-        if not m:
-            die(f"--reward-option {option}: expected NAME.KEY=VALUE")
-        chosen.setdefault(m[1], {})[m[2]] = m[3]
-    for spec in specs or ():
-        m = re.fullmatch(
-            r"([\w.-]+)(?:@([\w-]+))?(?:=(\d+\.?\d*|\.\d+))?"
-            r"(?:[=,](pickle\+|openai\+|)(https?://[^\s/]\S*))?",
-            spec,
-        )
-        if not m or m[3] and not float(m[3]):
-            die(
-                f"--reward {spec}: expected NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or "
-                "NAME=WEIGHT,URL"
-            )
-        full, task, weight, kind, url = m.groups()
-        name, fixed = full.rpartition(".")[2], {}
-        if name in rewards:
-            die(f"--reward {spec}: {name} is given twice")
-        if kind == "openai+" and full not in JUDGES:
-            die(f"--reward {spec}: openai+ is for {', '.join(JUDGES)}")
-        if url:
-            fixed["url"] = url.rstrip("/")
-            try:
-                urllib.parse.urlsplit(url).port
-            except ValueError as error:
-                die(f"--reward {spec}: {error}")
-        if kind in ("", "pickle+"):
-            function, fixed["name"] = served_pickle if kind else served, name
-        else:
-            function = load_reward(full)
-        given = read_options(full, function, chosen.pop(full, {}))
-        function = functools.partial(function, **fixed, **given)
-        rewards[name] = Reward(function, float(weight or 1), task, identity(full, function))
-    if chosen:
-        die(f"--reward-option {', '.join(chosen)}: not among --reward {' '.join(specs or ())}")
-    return rewards
+def module_file(module):
+    """The file of a module beside this one, mine.py or mine/__init__.py; None if there is none."""
+    for file in (module + ".py", os.path.join(module, "__init__.py")):
+        if os.path.exists(os.path.join(HERE, file)):
+            return os.path.join(HERE, file)
 
 
 def settings_of(function):
     """{option: default} of a reward."""
-    return {
-        k: p.default
-        for k, p in inspect.signature(function).parameters.items()
-        if p.default is not p.empty and k not in ("prompts", "metadata", "url", "name")
-    }
+    given_elsewhere = ("prompts", "metadata", "url", "name")
+    parameters = inspect.signature(function).parameters.items()
+    return {k: p.default for k, p in parameters if p.default is not p.empty and k not in given_elsewhere}
 
 
 def read_options(name, function, texts):
     """The options of a reward from {key: text}, each of its default's type; @FILE is a file's text."""
-    defaults, given = settings_of(function), {}
+    defaults, values = settings_of(function), {}
     for key, text in texts.items():
         flag = f"--reward-option {name}.{key}"
         if key not in defaults:
@@ -1382,20 +1214,23 @@ def read_options(name, function, texts):
             if text.startswith("@"):
                 with open(text[1:], encoding="utf-8") as f:
                     text = f.read()
-            kind = type(defaults[key])
-            if kind is bool:
-                given[key] = {"True": True, "False": False}[text]
-            else:
-                given[key] = text if defaults[key] is None else kind(text)
+            values[key] = of_type(text, type(defaults[key]))
             if key == "pattern" and re.compile(text).groups != 1:
                 raise ValueError("must have one group, where the number begins")
-            if key == "timeout" and not given[key] > 0:
+            if key == "timeout" and not values[key] > 0:
                 raise ValueError("must be more than 0")
-            if key in ("retries", "max_tokens", "max_completion_tokens", "size") and given[key] < 0:
+            if key in ("retries", "max_tokens", "max_completion_tokens", "size") and values[key] < 0:
                 raise ValueError("must be at least 0")
         except (OSError, ValueError, KeyError, TypeError, re.error) as error:
             die(f"{flag}={text}: {error}")
-    return given
+    return values
+
+
+def of_type(text, kind):
+    """A text as a value of this type; one whose default is None stays a text."""
+    if kind is bool:
+        return {"True": True, "False": False}[text]
+    return text if kind is type(None) else kind(text)
 
 
 def identity(name, function):
@@ -1403,10 +1238,12 @@ def identity(name, function):
     parts = settings_of(function.func) | function.keywords
     for key in ("timeout", "retries", "name"):
         parts.pop(key, None)
+    for key, value in parts.items():
+        if isinstance(value, str) and os.path.exists(value):
+            parts[key] = fingerprint(value)
     if "url" in parts:
         parts["protocol"] = function.func.__name__
-    parts = {k: fingerprint(v) if isinstance(v, str) and os.path.exists(v) else v for k, v in parts.items()}
-    if "." in name and function.func not in (served, served_pickle):
+    if "." in name and function.func not in SERVERS.values():
         parts["module"] = fingerprint(module_file(name.rpartition(".")[0]))
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]):
         parts["version"] = importlib.metadata.version(PACKAGES[name])
@@ -1418,7 +1255,8 @@ def rewards_of(task, rewards, tasks):
     names = []
     for name, reward in rewards.items():
         related = [t for t in tasks if name == t or name.startswith(t + "_")]
-        if (reward.task or max(related, key=len, default=task)) == task:
+        its_task = reward.task or max(related, key=len, default=task)
+        if its_task == task:
             names.append(name)
     return names
 
@@ -1433,14 +1271,8 @@ def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed
             die(f"--reward {name}@{reward.task}: no such task; there are {', '.join(tasks)}")
         scored = [task for task in prompts if name in rewards_of(task, rewards, tasks)]
         rows = [(task, row) for task in scored for row in prompts[task]]
-        check = CHECKS.get(name) if reward.function.func is REWARDS.get(name) else None
-        for task, row in rows if check else ():
-            try:
-                check(row, **reward.function.keywords)
-            except ValueError as error:
-                die(f"--prompts {task}: {error}")
-            except RewardError as error:
-                die(f"--reward {name}: {error}")
+        if reward.function.func is REWARDS.get(name) and name in CHECKS:
+            check_rows(name, reward, rows)
         if rows and (needed is None or name in needed):
             grey = torch.full((1, 3, resolution, resolution), 0.5, device=device)
             try:
@@ -1449,6 +1281,17 @@ def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed
                 die(f"--reward {error}")
             if math.isnan(score):
                 die(f"--reward {name}: no score of a grey picture. {last_words(reward)}")
+
+
+def check_rows(name, reward, rows):
+    """Refuse a prompt that one of our own rewards could not score."""
+    for task, row in rows:
+        try:
+            CHECKS[name](row, **reward.function.keywords)
+        except ValueError as error:
+            die(f"--prompts {task}: {error}")
+        except RewardError as error:
+            die(f"--reward {name}: {error}")
 
 
 def last_words(reward):
@@ -1467,26 +1310,28 @@ def score_batch(images, batch, rewards, tasks):
     pairs. Raises RewardError."""
     scores = {}
     for name, reward in rewards.items():
-        rows = [i for i, (task, _) in enumerate(batch) if name in rewards_of(task, rewards, tasks)]
+        indices = [i for i, (task, _) in enumerate(batch) if name in rewards_of(task, rewards, tasks)]
         scores[name] = torch.full((len(batch),), math.nan)
-        if not rows:
+        if not indices:
             continue
-        metadata = [batch[i][1] for i in rows]
-        if not images[rows].isfinite().all():
-            said = f"a picture is not finite, for {metadata[0]['prompt']!r} or one beside it"
-            raise RewardError(f"{name}: {said}")
+        metadata = [batch[i][1] for i in indices]
+        where = f"for {metadata[0]['prompt']!r} or one beside it"
+        if not images[indices].isfinite().all():
+            raise RewardError(f"{name}: a picture is not finite, {where}")
         try:
-            values = reward.function(images[rows], [row["prompt"] for row in metadata], metadata)
+            values = reward.function(images[indices], [row["prompt"] for row in metadata], metadata)
+        except Unavailable as error:
+            raise Unavailable(f"{name}: {error}") from error
         except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score
-            raise (Unavailable if isinstance(error, Unavailable) else RewardError)(f"{name}: {error}")
+            raise RewardError(f"{name}: {error}") from error
         try:
-            values = torch.as_tensor(values, dtype=torch.float32).detach().cpu().reshape(len(rows))
-        except (TypeError, ValueError, RuntimeError):
-            said = f"{' '.join(str(values).split())[:80]} for {len(rows)} pictures"
-            raise Unavailable(f"{name}: the reward returned {said}, not a number each")
+            values = torch.as_tensor(values, dtype=torch.float32).detach().cpu().reshape(len(indices))
+        except (TypeError, ValueError, RuntimeError) as error:
+            said = f"{' '.join(str(values).split())[:80]} for {len(indices)} pictures"
+            raise Unavailable(f"{name}: the reward returned {said}, not a number each") from error
         if values.isinf().any():
-            raise RewardError(f"{name}: an infinite score, for {metadata[0]['prompt']!r} or one beside it")
-        scores[name][rows] = values
+            raise RewardError(f"{name}: an infinite score, {where}")
+        scores[name][indices] = values
     return scores
 
 
@@ -1502,26 +1347,28 @@ class Scorer:
     def submit(self, images, batch):
         """images: (B, 3, H, W), batch: B pairs (task, row). Waits where the rewards lag four batches behind,
         so that pictures do not pile up."""
-
-        def job(name, future):
-            with self.locks[name]:
-                try:
-                    if self.error:
-                        raise self.error
-                    scores = score_batch(images, batch, {name: self.rewards[name]}, self.tasks)
-                    future.set_result(scores[name])
-                except BaseException as error:
-                    self.error = error  # what waits for its turn need not be tried
-                    future.set_exception(error)
-
         self.batch += batch
         self.futures.append({name: Future() for name in self.rewards})
         for name, future in self.futures[-1].items():
-            thread = threading.Thread(target=job, args=(name, future), name=f"reward {name}", daemon=True)
+            details = name, future, images, batch
+            thread = threading.Thread(target=self.score, args=details, name=f"reward {name}", daemon=True)
             self.threads.append(thread)
             thread.start()
-        for future in self.futures[-5].values() if len(self.futures) > 4 else ():
-            self.wait(future)
+        if len(self.futures) > 4:
+            for future in self.futures[-5].values():
+                self.wait(future)
+
+    def score(self, name, future, images, batch):
+        """One reward's thread for one batch."""
+        with self.locks[name]:
+            try:
+                if self.error:
+                    raise self.error
+                scores = score_batch(images, batch, {name: self.rewards[name]}, self.tasks)
+                future.set_result(scores[name])
+            except BaseException as error:
+                self.error = error  # what waits for its turn need not be tried
+                future.set_exception(error)
 
     def wait(self, future):
         """A future's result; None if the process is told to stop (stop: its StopSignal) before there is
@@ -1536,7 +1383,7 @@ class Scorer:
         score is one."""
         batch, futures, self.batch, self.futures = self.batch, self.futures, [], []
         try:
-            scores = {name: [self.wait(f[name]) for f in futures] for name in self.rewards}
+            scores = {name: [self.wait(by_name[name]) for by_name in futures] for name in self.rewards}
         finally:
             for thread in self.threads:
                 thread.join(0.1)  # it is done, or still waits for a server
@@ -1593,6 +1440,7 @@ def evaluate(
     items = [(task, row) for task, rows in prompts.items() for row in rows]
     mine = list(range(rank, len(items), world))
     guidance = args.guidance if guidance is None else guidance
+    sampling = args.eval_num_steps, args.resolution, adapter, guidance
     scorer, table = Scorer(rewards, tasks or prompts, stop), torch.zeros(len(rewards), len(items))
     try:
         for start in range(0, len(mine), args.eval_batch_size):
@@ -1600,21 +1448,13 @@ def evaluate(
                 break
             indices = mine[start : start + args.eval_batch_size]
             batch = [items[i] for i in indices]
-            pictures = model.generate(
-                [row["prompt"] for _, row in batch],
-                generators(args.seed, 0, indices),
-                args.eval_num_steps,
-                args.resolution,
-                adapter,
-                guidance,
-            )
-            scorer.submit(pictures, batch)
+            texts = [row["prompt"] for _, row in batch]
+            scorer.submit(model.generate(texts, generators(args.seed, 0, indices), *sampling), batch)
             if progress:
                 progress(len(batch))
-        else:
-            scores = scorer.collect() if mine else None
-            if scores:
-                table[:, mine] = torch.stack(list(scores.values()))
+        scores = scorer.collect() if mine else None
+        if scores:
+            table[:, mine] = torch.stack(list(scores.values()))
     except RewardError as error:
         if not stop:
             die(f"--reward {error}")
@@ -1641,19 +1481,36 @@ def markdown(rows):
     """The results as a Markdown table, one line a model: mean ± standard error, and how many scores are
     missing."""
     names = list(dict.fromkeys(name for r in rows for name in [*r["scores"], *r.get("missing", ())]))
-
-    def cell(row, name):
-        parts = []
-        if name in row["scores"]:
-            error = row["stderr"].get(name)
-            parts.append(f"{row['scores'][name]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
-        if name in row.get("missing", ()):
-            parts.append(f"{row['missing'][name]} missing")
-        return ", ".join(parts)
-
     lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {r['model']} | " + " | ".join(cell(r, name) for name in names) + " |" for r in rows]
+    for row in rows:
+        cells = [row["model"]]
+        for name in names:
+            parts = []
+            if name in row["scores"]:
+                error = row["stderr"].get(name)
+                parts.append(f"{row['scores'][name]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+            if name in row.get("missing", ()):
+                parts.append(f"{row['missing'][name]} missing")
+            cells.append(", ".join(parts))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# -- 10. The command line ------------------------------------------------------------------------------------
+
+
+def rewards_in(file):
+    """{name: docstring} of the rewards in a Python file, found without running it: functions of (images,
+    prompts, metadata), with a default for everything after these."""
+    found = {}
+    with open(file, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.args]
+            if names[:3] == ["images", "prompts", "metadata"] and len(node.args.defaults) >= len(names) - 3:
+                found[node.name] = ast.get_docstring(node) or ""
+    return found
 
 
 def list_rewards():
@@ -1668,8 +1525,8 @@ def list_rewards():
 
 def score_one(spec, picture, prompt, *options):
     """Print one picture's score."""
-    full = re.match(r"[\w.-]*", spec)[0]
-    [(name, reward)] = parse_rewards([spec], [f"{full}.{option}" for option in options]).items()
+    full_name = re.match(r"[\w.-]*", spec)[0]
+    [(name, reward)] = parse_rewards([spec], [f"{full_name}.{option}" for option in options]).items()
     try:
         image = read_picture(picture)[None]
         row = json.loads(prompt) if prompt.startswith("{") else {"prompt": prompt}

@@ -235,7 +235,7 @@ def test_text_score_at_every_edge(read, prompt, score):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    rewards.read_text.cache_clear(), rewards.letters.cache_clear()
+    rewards.load_ocr.cache_clear(), rewards.letters.cache_clear()
     with pytest.raises(SystemExit, match="--reward ocr: pip install rapidocr$"):
         rewards.check_rewards(rewards.parse_rewards(["ocr"]), {"signs": [{"prompt": 'a "word"'}]}, 64)
 

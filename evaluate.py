@@ -24,43 +24,20 @@ import os
 import pathlib
 import queue
 import re
+import string
 import threading
+import typing
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flow_sde import (
-    StopSignal,
-    die,
-    end_processes,
-    file_hash,
-    fingerprint,
-    generators,
-    load_model,
-    load_prompts,
-    claim_folder,
-    parse_args,
-    parse_specs,
-    save_grid,
-    start_processes,
-    write,
-    write_json,
-)
-from rewards import (
-    RewardError,
-    Unavailable,
-    check_rewards,
-    encoded,
-    markdown,
-    mean_error,
-    parse_rewards,
-    pil,
-    read_picture,
-    rewards_of,
-    score_batch,
-)
+import flow_sde
+from flow_sde import die, fingerprint, parse_specs, write, write_json
+from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards
+from rewards import pil, read_picture, rewards_of, score_batch
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(
@@ -76,30 +53,24 @@ TOY = dict(
 )
 # The paper's Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4; our scores are divided already
 PAPER = ("geneval", "ocr", "deqa", "pickscore")
+DTYPES = ["float32", "bfloat16", "float16"]
+FOLDERS = """instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names end
+in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as for
+diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval:
+00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff"""
 
 # -- flags ---------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
-add(
-    "--model",
-    help="diffusers folder or hub id of the base; without it, the embedded toy with settings that fit it",
-)
+add("--model", help="diffusers folder or hub id; without it, the embedded toy with settings that fit it")
 add(
     "--models",
     nargs="+",
     metavar="NAME=LORA[,guidance=G]",
     default=["base"],
-    help="the rows, LoRAs or full fine-tunes; `base` is the bare model",
+    help="the rows; `base`: no LoRA",
 )
-add(
-    "--folders",
-    nargs="+",
-    metavar="NAME=DIR",
-    help="instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names end "
-    "in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as "
-    "for diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval: "
-    "00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff",
-)
+add("--folders", nargs="+", metavar="NAME=DIR", help=FOLDERS)
 add(
     "--tasks",
     "--prompts",
@@ -111,66 +82,57 @@ add(
     "--samples-per-prompt",
     type=int,
     default=1,
-    help="pictures of each prompt (GenEval: 4); from 2 on, the table has their diversity",
+    help="pictures of each (GenEval: 4); from 2 on, also diversity",
 )
 add(
     "--reward",
     nargs="+",
     metavar="NAME[@TASK]",
-    help="the columns; one called like a task, or tied to one, scores that task only",
+    help="the columns; called like a task, it scores that task only",
 )
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
 add(
-    "--report",
-    action="store_true",
-    help="write OUT/report.html: the pictures of all models side by side, scores under them, to be sorted",
+    "--report", action="store_true", help="write OUT/report.html: all pictures side by side with their scores"
 )
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
-add(
-    "--dtype",
-    choices=["float32", "bfloat16", "float16"],
-    help="of the frozen networks; what is trained is float32",
-)
-add(
-    "--no-t5",
-    action="store_true",
-    help="leave out SD3's T5 text encoder, the largest network of 3.5-Medium (long prompts suffer)",
-)
+add("--dtype", choices=DTYPES, help="of the frozen networks")
+add("--no-t5", action="store_true", help="leave out SD3's T5, the largest network of 3.5-Medium")
 add(
     "--max-sequence-length",
     type=int,
-    help="tokens that T5, or what a model has in its place, reads of a prompt (Flow-GRPO and Flow-OPD: 128)",
+    help="tokens read of a prompt by T5, or a model's like (Flow-GRPO: 128)",
 )
 add(
     "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
 )
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
-args = parse_args(parser, TOY)
+args = flow_sde.parse_args(parser, TOY)
 
 # -- what is asked, checked before anything slow -------------------------------------------------------------
 if not args.tasks or not args.reward:
     die("--model needs --tasks TASK=FILE and --reward NAME with it")
-rewards = parse_rewards(args.reward, args.reward_option)
-task_files = {task: s["value"] for task, s in parse_specs("--tasks", args.tasks).items()}
-prompts = {}
-for task, file in task_files.items():
-    prompts[task] = [row for row in load_prompts(task, file) for _ in range(args.samples_per_prompt)]
-if idle := [t for t in prompts if not rewards_of(t, rewards, prompts)]:
-    die(f"--tasks {', '.join(idle)}: no reward scores this task; --reward has {', '.join(rewards)}")
-if any(m.startswith("base=") for m in args.models):
+if any(spec.startswith("base=") for spec in args.models):
     die("--models base=...: `base` is the bare model; call the LoRA something else")
-folders = {name: s["value"] for name, s in parse_specs("--folders", args.folders).items()}
-specs = parse_specs(
-    "--models", [m for m in args.models if m != "base" and not folders], guidance=args.guidance
-)
-names = list(folders) or (["base"] if "base" in args.models else []) + list(specs)
-guidance = {name: specs[name]["guidance"] if name in specs else args.guidance for name in names}
+each = args.samples_per_prompt
+rewards = parse_rewards(args.reward, args.reward_option)
+prompt_files = {task: spec["value"] for task, spec in parse_specs("--tasks", args.tasks).items()}
+prompts = {}  # {task: [row of the prompt's file, once for every picture of it]}
+for task, file in prompt_files.items():
+    prompts[task] = [row for row in flow_sde.load_prompts(task, file) for _ in range(each)]
+for task in prompts:
+    if not rewards_of(task, rewards, prompts):
+        die(f"--tasks {task}: no reward scores this task; --reward has {', '.join(rewards)}")
+folders = {name: spec["value"] for name, spec in parse_specs("--folders", args.folders).items()}
+specs = parse_specs("--models", [spec for spec in args.models if spec != "base"], guidance=args.guidance)
+if "base" in args.models:
+    specs = {"base": {"value": None, "guidance": args.guidance}} | specs
+names = list(folders or specs)
 
 
 def title(row):
@@ -181,8 +143,61 @@ def title(row):
 
 def to_be_made(name, task):
     """Where this program's pictures go: the prompt and the number."""
-    place = os.path.join(args.out, name, task, "samples")
-    return [os.path.join(place, f"{title(row)}_{i:06d}.png") for i, row in enumerate(prompts[task])]
+    folder = os.path.join(args.out, name, task, "samples")
+    return [os.path.join(folder, f"{title(row)}_{i:06d}.png") for i, row in enumerate(prompts[task])]
+
+
+def made_elsewhere(name, task):
+    """The files of --folders that belong to a task's prompts, in their order. A number is looked for in each
+    place where programs put it; where none of these gives every number once, or two differ, nobody can say
+    which picture is whose."""
+    folder, needed = pathlib.Path(folders[name], task), len(prompts[task])
+    if not folder.is_dir() and len(prompts) == 1:
+        folder = pathlib.Path(folders[name])
+    flag = f"--folders {name}: {folder}"
+    if not folder.is_dir():
+        die(f"--folders {name}: there is no folder {folder}")
+    genevals = sorted(folder.glob("[0-9]*/samples/*"))
+    found = genevals or sorted(folder.glob("samples/*")) or sorted(folder.glob("*"))
+    pictures = [f for f in found if re.search(r"\.(png|jpe?g|webp|bmp|avif|tiff?)$", f.name, re.I)]
+    if not pictures:
+        die(f"{flag} has no pictures")
+    per_prompt, rest = divmod(len(pictures), needed // each)
+    if per_prompt not in (0, each) and not rest:
+        counts = f"{len(pictures)} pictures for {needed // each} prompts"
+        die(f"{flag} has {counts}; give --samples-per-prompt {per_prompt}")
+    orders, faults = {}, []
+    for way, numbers in numberings(pictures, bool(genevals)).items():
+        try:
+            orders[way] = ordered(pictures, numbers, needed)
+        except ValueError as error:
+            faults.append(f"by {way}, {error}")
+    if not orders:
+        die(f"{flag}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
+    way, order = next(iter(orders.items()))
+    if any(other != order for other in orders.values()):
+        different = f"{' and '.join(orders)} give different orders"
+        die(f"{flag}: {different}; let names end in the number that counts")
+    titles = {title(row) for row in prompts[task]}
+    for row, file in zip(prompts[task], order):
+        named = re.sub(r"_\d+$", "", file.stem)
+        if named in titles and named != title(row):
+            doubt = "are the prompts of --tasks others, or in another order?"
+            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: {doubt}")
+    example = f"{order[-1].name} is taken for {prompts[task][-1]['prompt']!r}"
+    flow_sde.say(f"{name}, {task}: {needed} pictures by {way}; e.g. {example}")
+    return [str(file) for file in order]
+
+
+def numberings(pictures, genevals):
+    """{where the number stands: the pictures' numbers, None for one without}."""
+    last = [re.search(r"(\d+)\D*$", file.stem) for file in pictures]
+    if genevals:
+        numbers = [int(file.parts[-3]) * each + int(m[1]) if m else None for file, m in zip(pictures, last)]
+        return {"the folders' numbers": numbers}
+    first = [re.match(r"(\d+)-", file.stem) for file in pictures]
+    ways = {"the last number of a name": last, "the number that a name begins with": first}
+    return {way: [int(m[1]) if m else None for m in matches] for way, matches in ways.items()}
 
 
 def ordered(pictures, numbers, needed):
@@ -196,171 +211,175 @@ def ordered(pictures, numbers, needed):
             raise ValueError(f"{numbered[number].name} and {file.name} have the same number")
         numbered[number] = file
     wanted = range(1, needed + 1) if min(numbered) == 1 else range(needed)
-    absent, surplus = [n for n in wanted if n not in numbered], [n for n in numbered if n not in wanted]
-    if absent:
-        raise ValueError(f"no picture has the number {absent[0]}")
-    if surplus:
-        raise ValueError(f"{numbered[surplus[0]].name} is one too many for {needed} pictures")
-    return [numbered[n] for n in wanted]
-
-
-def made_elsewhere(name, task):
-    """The files of --folders that belong to a task's prompts, in their order. A number is looked for in each
-    place where programs put it; where none of these gives every number once, or two differ, nobody can say
-    which picture is whose."""
-    place, each, needed = pathlib.Path(folders[name], task), args.samples_per_prompt, len(prompts[task])
-    if not place.is_dir() and len(prompts) == 1:
-        place = pathlib.Path(folders[name])
-    if not place.is_dir():
-        die(f"--folders {name}: there is no folder {place}")
-    geneval = sorted(place.glob("[0-9]*/samples/*"))
-    found = geneval or sorted(place.glob("samples/*")) or sorted(place.glob("*"))
-    pictures = [f for f in found if re.search(r"\.(png|jpe?g|webp|bmp|avif|tiff?)$", f.name, re.I)]
-    if not pictures:
-        die(f"--folders {name}: {place} has no pictures")
-    per_prompt, rest = divmod(len(pictures), needed // each)
-    if per_prompt not in (0, each) and not rest:
-        die(
-            f"--folders {name}: {place} has {len(pictures)} pictures for {needed // each} prompts; give "
-            f"--samples-per-prompt {per_prompt}"
-        )
-    last = [re.search(r"(\d+)\D*$", file.stem) for file in pictures]
-    first = [re.match(r"(\d+)-", file.stem) for file in pictures]
-    ways = {
-        "the last number of a name": [m and int(m[1]) for m in last],
-        "the number that a name begins with": [m and int(m[1]) for m in first],
-    }
-    if geneval:
-        numbers = [int(file.parts[-3]) * each + int(m[1]) if m else None for file, m in zip(pictures, last)]
-        ways = {"the folders' numbers": numbers}
-    orders, faults = {}, []
-    for way, numbers in ways.items():
-        try:
-            orders[way] = ordered(pictures, numbers, needed)
-        except ValueError as error:
-            faults.append(f"by {way}, {error}")
-    if not orders:
-        die(f"--folders {name}: {place}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
-    [(way, order), *others] = orders.items()
-    if any(other != order for _, other in others):
-        die(
-            f"--folders {name}: {place}: {' and '.join(orders)} give different orders; let names end in the "
-            "number that counts"
-        )
-    titles = {title(row) for row in prompts[task]}
-    for row, file in zip(prompts[task], order):
-        named = re.sub(r"_\d+$", "", file.stem)
-        if named in titles and named != title(row):
-            die(
-                f"--folders {name}: {file} would be taken for {row['prompt']!r}: are the prompts of --tasks "
-                "others, or in another order?"
-            )
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"{name}, {task}: {needed} pictures by {way}; e.g. {order[-1].name} is taken for "
-            f"{prompts[task][-1]['prompt']!r}"
-        )
-    return [str(file) for file in order]
+    for number in wanted:
+        if number not in numbered:
+            raise ValueError(f"no picture has the number {number}")
+    for number, file in numbered.items():
+        if number not in wanted:
+            raise ValueError(f"{file.name} is one too many for {needed} pictures")
+    return [numbered[number] for number in wanted]
 
 
 find = made_elsewhere if folders else to_be_made
 files = {(name, task): find(name, task) for name in names for task in prompts}
-accelerator = start_processes()
+
+# -- devices, what is there already, and the model if pictures are to be made --------------------------------
+accelerator = flow_sde.start_processes()
 rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-claim_folder(args.out, accelerator)
-
-
-# -- what is there already -----------------------------------------------------------------------------------
-def score_rows(place):
-    """The scores written so far, [{"picture", "reward", "score"}], without a line that a kill or a full disk
-    cut."""
-    rows = []
-    for part in sorted(os.listdir(place)):
-        for line in open(os.path.join(place, part)) if re.fullmatch(r"scores(\.\d+)?\.jsonl", part) else ():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
-
-
-settings_files = {}
+flow_sde.claim_folder(args.out, accelerator)
 base = fingerprint(args.model) if rank == 0 and not folders else None
-for name, task in files if rank == 0 else ():
-    place = os.path.join(args.out, name, task)
-    os.makedirs(os.path.join(place, "samples"), exist_ok=True)
+
+
+def folder_of(name, task):
+    return os.path.join(args.out, name, task)
+
+
+def settings_of(name, task):
+    """What the pictures of a model and a task depend on."""
     if folders:
-        listing = [file_hash(f) for f in files[name, task]]
-        settings = {"pictures": hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]}
+        hashes = [flow_sde.file_hash(file) for file in files[name, task]]
+        settings = {"pictures": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]}
     else:
-        settings = {
-            "model": base,
-            "guidance": guidance[name],
-            "LoRA": fingerprint(specs[name]["value"]) if name in specs else None,
-        }
+        lora = specs[name]["value"]
+        settings = {"model": base, "guidance": specs[name]["guidance"], "LoRA": lora and fingerprint(lora)}
         for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
             settings[key] = getattr(args, key)
-    settings |= {"prompts": fingerprint(task_files[task]), "samples_per_prompt": args.samples_per_prompt}
-    if os.path.exists(path := os.path.join(place, "settings.json")):
-        before = json.load(open(path))
-        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            die(
-                f"--out {args.out}: {place} is of another evaluation: {'; '.join(changed)}. Give another "
-                "--out, or delete that folder"
-            )
-    settings_files[path] = settings
-    lines = [json.dumps(row) + "\n" for row in score_rows(place)]  # what each process wrote, in one file
-    write(os.path.join(place, "scores.jsonl"), "".join(lines))
-    for part in os.listdir(place):
-        if re.fullmatch(r"scores\.\d+\.jsonl", part):
-            os.remove(os.path.join(place, part))
-accelerator.wait_for_everyone()
+    return settings | {"prompts": fingerprint(prompt_files[task]), "samples_per_prompt": each}
 
 
 def read_scores(name, task):
-    """{(reward's identity, picture's number): score}, of all processes."""
-    rows = score_rows(os.path.join(args.out, name, task))
-    return {(row["reward"], row["picture"]): row["score"] for row in rows}
+    """{(reward's identity, picture's number): score} written so far, by all processes, without a line that a
+    kill or a full disk cut."""
+    scores = {}
+    for file in sorted(pathlib.Path(folder_of(name, task)).glob("scores*.jsonl")):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                scores[row["reward"], row["picture"]] = row["score"]
+    return scores
 
 
-jobs = []  # this process's (name, task, numbers, {reward: numbers to score}, whether pictures are to be made)
+def score_lines(scores):
+    """read_scores' opposite."""
+    rows = [{"picture": i, "reward": reward, "score": score} for (reward, i), score in scores.items()]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+all_settings = {}
+if rank == 0:
+    for name, task in files:
+        folder = folder_of(name, task)
+        os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
+        settings, file = settings_of(name, task), os.path.join(folder, "settings.json")
+        before = json.loads(pathlib.Path(file).read_text()) if os.path.exists(file) else settings
+        changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            advice = "Give another --out, or delete that folder"
+            die(f"--out {args.out}: {folder} is of another evaluation: {'; '.join(changed)}. {advice}")
+        all_settings[file] = settings
+        write(os.path.join(folder, "scores.jsonl"), score_lines(read_scores(name, task)))
+        for part in pathlib.Path(folder).glob("scores.*.jsonl"):  # what each process wrote is in one file now
+            part.unlink()
+accelerator.wait_for_everyone()
+
+
+class Job(typing.NamedTuple):
+    """A batch of one model's pictures of one task, by their numbers."""
+
+    name: str
+    task: str
+    numbers: list
+    unscored: dict  # {reward: numbers to score}
+    missing: bool  # whether the pictures are to be made
+
+
+jobs = []  # this process's
 for name, task in files:
-    have = read_scores(name, task)
-    numbers, step = list(range(len(prompts[task]))), args.eval_batch_size
-    for start in range(rank * step, len(numbers), world * step):  # the same batches for any number of them
-        batch, unscored = numbers[start : start + step], {}
+    scores, total, size = read_scores(name, task), len(prompts[task]), args.eval_batch_size
+    for start in range(rank * size, total, world * size):  # the same batches for any number of processes
+        numbers, unscored = list(range(start, min(start + size, total))), {}
         for reward in rewards_of(task, rewards, prompts):
-            some = [i for i in batch if (rewards[reward].identity, i) not in have]
-            if some:
-                unscored[reward] = some
-        missing = not all(os.path.exists(files[name, task][i]) for i in batch)
+            lacking = [i for i in numbers if (rewards[reward].identity, i) not in scores]
+            if lacking:
+                unscored[reward] = lacking
+        missing = not all(os.path.exists(files[name, task][i]) for i in numbers)
         if missing or unscored:
-            jobs.append((name, task, batch, unscored, missing))
-if any(missing for *_, missing in jobs):
-    model = load_model(args, device)
+            jobs.append(Job(name, task, numbers, unscored, missing))
+if any(job.missing for job in jobs):
+    model = flow_sde.load_model(args, device)
     model.latent_shape(args.resolution)
     for name, spec in specs.items():
-        model.load_teacher(name, spec["value"])
+        if name != "base":
+            model.load_teacher(name, spec["value"])
     if args.compile:
         model.compile()
     model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
-needed = {reward for *_, unscored, _ in jobs for reward in unscored}
+needed = {reward for job in jobs for reward in job.unscored}
 check_rewards(rewards, prompts, args.resolution, device, needed=needed)
 accelerator.wait_for_everyone()  # all have read, and nothing was refused, before anyone writes
-for path, settings in settings_files.items():
-    write_json(path, settings)
+for file, settings in all_settings.items():
+    write_json(file, settings)
 
 # -- make the pictures; beside that, a thread writes them and one per reward scores them ---------------------
 AT_ONCE = 2**23  # pixels that a reward looks at together; a larger picture comes alone
-stop, writing, broken, unreadable = StopSignal(), threading.Lock(), [], set()
-waiting, drawn = {n: queue.Queue(maxsize=4) for n in rewards}, queue.Queue(maxsize=2)
-total = sum(len(batch) * made + sum(map(len, unscored.values())) for _, _, batch, unscored, made in jobs)
+stop, broken, writing, unreadable = flow_sde.StopSignal(), [], threading.Lock(), set()
+waiting, failures = {reward: queue.Queue() for reward in rewards}, dict.fromkeys(rewards, 0)
+total = sum(len(job.numbers) * job.missing + sum(map(len, job.unscored.values())) for job in jobs)
 progress = tqdm(total=total, disable=rank != 0, unit="picture or score", mininterval=1)
+
+
+def complain(name, task, i, problem):
+    tqdm.write(f"{name}, {task}, picture {i}: {problem}")
+
+
+def draw_all():
+    """The pictures that are not there yet, handed to the thread that writes them."""
+    writer, written = ThreadPoolExecutor(1), []
+    for job in jobs:
+        if stop.name:
+            break
+        pictures = None
+        if job.missing:
+            texts = [prompts[job.task][i]["prompt"] for i in job.numbers]
+            noise = flow_sde.generators(args.seed, 0, job.numbers)
+            sampling = args.eval_num_steps, args.resolution, job.name, specs[job.name]["guidance"]
+            pictures = model.generate(texts, noise, *sampling, strict=False)
+        written.append(writer.submit(hand_on, job, pictures))
+        if len(written) > 2:  # so that pictures do not pile up
+            written.pop(0).result()
+    for future in written:
+        future.result()
+
+
+def hand_on(job, pictures):
+    """Write a batch that was drawn; when its files lie on the disk, give it to the rewards' threads."""
+    if job.missing:
+        pictures = pictures.cpu()
+        for i, tensor, picture in zip(job.numbers, pictures, pil(pictures)):
+            if tensor.isfinite().all():
+                write(files[job.name, job.task][i], encoded(picture))
+            else:
+                complain(job.name, job.task, i, f"not finite, so not kept; is {job.name} broken?")
+                unreadable.add((job.name, job.task, i))
+        with writing:
+            progress.update(len(job.numbers))
+    for reward, numbers in job.unscored.items():
+        waiting[reward].put((job.name, job.task, numbers))
+
+
+def score_all(reward):
+    """One reward's thread."""
+    for name, task, numbers in iter(waiting[reward].get, None):
+        for pictures in read_files(name, task, numbers):
+            score(reward, name, task, pictures)
+        if stop.name:
+            return
 
 
 def read_files(name, task, numbers):
     """The pictures of these numbers, {number: (3, H, W)} of one size and at most AT_ONCE pixels a time. One
     that cannot be read is said once, and has no scores."""
-    held = {}
+    together = {}
     for i in numbers:
         try:
             picture = read_picture(files[name, task][i])
@@ -368,87 +387,45 @@ def read_files(name, task, numbers):
             with writing:
                 progress.update()
                 if (name, task, i) not in unreadable:
-                    tqdm.write(f"{name}, {task}, picture {i}: {error}")
+                    complain(name, task, i, error)
                 unreadable.add((name, task, i))
             continue
-        shapes = [p.shape for p in held.values()]
-        if held and (shapes[0] != picture.shape or (len(held) + 1) * picture[0].numel() > AT_ONCE):
-            yield held
-            held = {}
-        held[i] = picture
-    if held:
-        yield held
+        shapes = {p.shape for p in together.values()}
+        if together and (picture.shape not in shapes or (len(together) + 1) * picture[0].numel() > AT_ONCE):
+            yield together
+            together = {}
+        together[i] = picture
+    if together:
+        yield together
 
 
-def hand_on(place, job):
-    """Put a job into a queue when there is room, unless the process is told to stop."""
-    while not stop.name:
-        with contextlib.suppress(queue.Full):
-            return place.put(job, timeout=0.2)
-
-
-def take(place):
-    """A queue's next job; None if the process is told to stop."""
-    while not stop.name:
-        with contextlib.suppress(queue.Empty):
-            return place.get(timeout=0.2)
-
-
-def write_all():
-    """The thread that writes what was drawn; every batch is given to the rewards' threads when its files lie
-    on the disk."""
-    while (next_job := take(drawn)) is not None:
-        (name, task, batch, unscored, missing), made = next_job
-        if missing:
-            made = made.cpu()
-            for i, tensor, picture in zip(batch, made, pil(made)):
-                if tensor.isfinite().all():
-                    write(files[name, task][i], encoded(picture))
-                else:
-                    tqdm.write(f"{name}, {task}, picture {i}: not finite, so not kept; is {name} broken?")
-                    unreadable.add((name, task, i))
-            with writing:
-                progress.update(len(batch))
-        for reward, numbers in unscored.items():
-            hand_on(waiting[reward], (name, task, numbers))
-    for reward in rewards:
-        hand_on(waiting[reward], None)
-
-
-def score_all(reward):
-    """One reward's thread. A batch that fails is tried picture by picture; what cannot be scored stays
-    without a score, which the table calls missing; a reward that is unavailable three times in a row is left
-    alone."""
-    failures = 0
-    while (job := take(waiting[reward])) is not None:
-        name, task, numbers = job
-        for held in read_files(name, task, numbers) if failures < 3 else ():
-            parts = [held]
-            while parts and failures < 3 and not stop.name:
-                part = parts.pop(0)
-                batch = [(task, prompts[task][i]) for i in part]
-                scores, said = [math.nan] * len(part), "no score"
-                try:
-                    pictures = torch.stack(list(part.values())).to(device)
-                    scores = score_batch(pictures, batch, {reward: rewards[reward]}, prompts)[reward].tolist()
-                    failures = 0
-                except RewardError as error:
-                    if len(part) > 1:
-                        parts = [{i: picture} for i, picture in part.items()]
-                        continue
-                    failures = failures + 1 if isinstance(error, Unavailable) else 0
-                    said = f"{error}" + (f"; {reward} is given up" if failures == 3 else "")
-                lines = []
-                for i, value in zip(part, scores):
-                    if math.isnan(value):
-                        tqdm.write(f"{name}, {task}, picture {i}: {said}")
-                    else:
-                        row = {"picture": i, "reward": rewards[reward].identity, "score": value}
-                        lines.append(json.dumps(row) + "\n")
-                with writing:
-                    with open(os.path.join(args.out, name, task, f"scores.{rank}.jsonl"), "a") as f:
-                        f.write("\n" * bool(lines) + "".join(lines))  # after a line that a full disk cut
-                    progress.update(len(part))
+def score(reward, name, task, pictures):
+    """Score pictures and write that down. A batch that fails is tried picture by picture; what cannot be
+    scored stays without a score, which the table calls missing; a reward that is unavailable three times in a
+    row is left alone."""
+    if failures[reward] == 3 or stop.name:
+        return
+    batch, scores, said = [(task, prompts[task][i]) for i in pictures], [math.nan], "no score"
+    try:
+        images = torch.stack(list(pictures.values())).to(device)
+        scores = score_batch(images, batch, {reward: rewards[reward]}, prompts)[reward].tolist()
+        failures[reward] = 0
+    except RewardError as error:
+        if len(pictures) > 1:
+            for i, picture in pictures.items():
+                score(reward, name, task, {i: picture})
+            return
+        failures[reward] = failures[reward] + 1 if isinstance(error, Unavailable) else 0
+        said = f"{error}; {reward} is given up" if failures[reward] == 3 else error
+    scores = dict(zip(pictures, scores))
+    for i, value in scores.items():
+        if math.isnan(value):
+            complain(name, task, i, said)
+    lines = score_lines({(rewards[reward].identity, i): v for i, v in scores.items() if not math.isnan(v)})
+    with writing:
+        with open(os.path.join(folder_of(name, task), f"scores.{rank}.jsonl"), "a") as f:
+            f.write("\n" * bool(lines) + lines)  # after a line that a full disk cut
+        progress.update(len(pictures))
 
 
 def guarded(work, *details):
@@ -461,36 +438,14 @@ def guarded(work, *details):
         stop.name = "failure"
 
 
-def draw_all():
-    """The pictures that are not there yet, handed to the thread that writes them."""
-    for job in jobs:
-        if stop.name:
-            return
-        name, task, batch, _, missing = job
-        made = None
-        if missing:
-            texts = [prompts[task][i]["prompt"] for i in batch]
-            made = model.generate(
-                texts,
-                generators(args.seed, 0, batch),
-                args.eval_num_steps,
-                args.resolution,
-                name,
-                guidance[name],
-                strict=False,
-            )
-        hand_on(drawn, (job, made))
-    hand_on(drawn, None)
-
-
-threads = [threading.Thread(target=guarded, args=(write_all,), daemon=True)]
+threads = []
 for reward in rewards:
     thread = threading.Thread(target=guarded, args=(score_all, reward), name=f"reward {reward}", daemon=True)
     threads.append(thread)
-for thread in threads:
     thread.start()
 guarded(draw_all)
-for thread in threads:
+for reward, thread in zip(rewards, threads):
+    waiting[reward].put(None)  # nothing more comes
     while thread.is_alive() and not stop.name:
         thread.join(0.2)
 progress.close()
@@ -499,88 +454,95 @@ if broken:
         thread.join(5)  # an interpreter that shuts down under a thread at work may abort
     raise broken[0]
 if stop.arrived(device):
-    end_processes(accelerator, f"stopped; the same command goes on from what lies in {args.out}")
+    flow_sde.end_processes(accelerator, f"stopped; the same command goes on from what lies in {args.out}")
 accelerator.wait_for_everyone()
 
 
 # -- the tables ----------------------------------------------------------------------------------------------
+def reduced(file, size):
+    """A picture file as (3, h, w), reduced to these sides by averaging: to a square of (side, side), or to at
+    most `size` pixels."""
+    picture = read_picture(file)
+    if isinstance(size, int):
+        scale = min(1, size / max(picture.shape[1:]))
+        size = [max(1, round(n * scale)) for n in picture.shape[1:]]
+    return F.interpolate(picture[None], size, mode="area")[0]
+
+
 def thumbnail(file, side):
     """A picture file, reduced to at most `side` pixels: (3, h, w); grey if it cannot be read."""
     try:
-        picture = read_picture(file)
+        return reduced(file, side)
     except RewardError:
         return torch.full((3, side, side), 0.5)
-    scale = min(1, side / max(picture.shape[1:]))
-    return F.interpolate(picture[None], [max(1, round(n * scale)) for n in picture.shape[1:]], mode="area")[0]
 
 
 def diversity(name, task):
     """How much the pictures of one prompt differ: the mean over its pairs of the root mean square difference
     of pixels (in [0, 1], of pictures reduced to 64 x 64). -> (number of prompts,) float64, NaN where a
     picture cannot be read"""
-    small = []
-    for file in files[name, task]:
-        try:
-            small.append(F.interpolate(read_picture(file)[None], (64, 64), mode="area").double().flatten())
-        except RewardError:
-            small.append(torch.full((3 * 64 * 64,), math.nan, dtype=torch.float64))
-    groups = torch.stack(small).view(-1, args.samples_per_prompt, 3 * 64 * 64)
-    i, j = torch.triu_indices(args.samples_per_prompt, args.samples_per_prompt, 1)
+    small = torch.full((len(files[name, task]), 3 * 64 * 64), math.nan, dtype=torch.float64)
+    for i, file in enumerate(files[name, task]):
+        with contextlib.suppress(RewardError):
+            small[i] = reduced(file, (64, 64)).flatten()
+    groups = small.view(-1, each, 3 * 64 * 64)
+    i, j = torch.triu_indices(each, each, 1)
     return (groups[:, i] - groups[:, j]).square().mean(-1).sqrt().mean(1)
+
+
+def means(keys, scores):
+    """{key: (mean, standard error) of its scores}."""
+    groups = {}
+    for key, score in zip(keys, scores):
+        groups.setdefault(key, []).append(score)
+    return {key: mean_error(torch.tensor(group, dtype=torch.float64)) for key, group in groups.items()}
 
 
 def summary(name):
     """A model's row of results.json. Means are over the scores that are there; `missing` counts those that
     are not. GenEval's is the mean of its tags' means, as its authors have it."""
-    row = {
-        "model": name,
-        "n": sum(map(len, prompts.values())),
-        "scores": {},
-        "stderr": {},
-        "tasks": {},
-        "tags": {},
-        "missing": {},
-    }
-
-    def means(groups):
-        return {key: mean_error(torch.tensor(values, dtype=torch.float64)) for key, values in groups.items()}
-
-    def add(column, by_task, lost):
-        if lost:
-            row["missing"][column] = lost
-        if by_task:
-            everything = [v for values in by_task.values() for v in values]
-            row["scores"][column], row["stderr"][column] = means({"": everything})[""]
-            row["tasks"][column] = means(by_task)
-
-    have = {task: read_scores(name, task) for task in prompts}
-    for reward, (*_, identity) in rewards.items():
-        by_task, by_tag, lost = {}, {}, 0
-        for task in prompts:
-            for i, prompt in enumerate(prompts[task] if reward in rewards_of(task, rewards, prompts) else ()):
-                value = have[task].get((identity, i))
-                if value is None:
-                    lost += 1
-                    continue
-                by_task.setdefault(task, []).append(value)
-                by_tag.setdefault(prompt.get("tag"), []).append(value)
-        add(reward, by_task, lost)
-        if by_tag and None not in by_tag:
-            row["tags"][reward] = means(by_tag)
-            if reward.startswith("geneval"):
-                tag_means, errors = zip(*row["tags"][reward].values())
-                row["scores"][reward] = sum(tag_means) / len(tag_means)
-                row["stderr"][reward] = None
-                if None not in errors:
-                    row["stderr"][reward] = sum(e**2 for e in errors) ** 0.5 / len(errors)
-    if args.samples_per_prompt > 1:
-        apart = {task: diversity(name, task) for task in prompts}
-        there = {task: values[~values.isnan()].tolist() for task, values in apart.items()}
-        lost = sum(len(apart[task]) - len(there[task]) for task in prompts)
-        add("diversity", {task: values for task, values in there.items() if values}, lost)
+    row = {"model": name, "n": sum(map(len, prompts.values()))}
+    row |= {"scores": {}, "stderr": {}, "tasks": {}, "tags": {}, "missing": {}}
+    columns = {reward: [] for reward in rewards} | ({"diversity": []} if each > 1 else {})
+    for task in prompts:  # a column has a (task, tag, score) for each of its pictures
+        scores = read_scores(name, task)
+        for reward in rewards_of(task, rewards, prompts):
+            for i, prompt in enumerate(prompts[task]):
+                value = scores.get((rewards[reward].identity, i), math.nan)
+                columns[reward].append((task, prompt.get("tag"), value))
+        if each > 1:
+            columns["diversity"] += [(task, None, value) for value in diversity(name, task).tolist()]
+    for column, entries in columns.items():
+        scored = [entry for entry in entries if not math.isnan(entry[2])]
+        if len(scored) < len(entries):
+            row["missing"][column] = len(entries) - len(scored)
+        if not scored:
+            continue
+        tasks, tags, scores = zip(*scored)
+        row["scores"][column], row["stderr"][column] = means(["all"] * len(scores), scores)["all"]
+        row["tasks"][column] = means(tasks, scores)
+        if None in tags:
+            continue
+        row["tags"][column] = means(tags, scores)
+        if column.startswith("geneval"):
+            tag_means, errors = zip(*row["tags"][column].values())
+            row["scores"][column] = sum(tag_means) / len(tag_means)
+            known = None not in errors
+            row["stderr"][column] = sum(e**2 for e in errors) ** 0.5 / len(errors) if known else None
     if all(reward in row["scores"] and reward not in row["missing"] for reward in PAPER):
         row["scores"]["average"] = sum(row["scores"][reward] for reward in PAPER) / len(PAPER)
     return row
+
+
+def breakdown(results, kind, reward):
+    """One reward by "tasks" or "tags", a Markdown table with its title; "" if no model has more than one."""
+    rows = []
+    for result in results:
+        groups = result[kind].get(reward, {})
+        if len(groups) > 1:
+            scores, errors = ({key: pair[i] for key, pair in groups.items()} for i in (0, 1))
+            rows.append({"model": result["model"], "scores": scores, "stderr": errors})
+    return f"{reward} by {kind[:-1]}:\n\n{markdown(rows)}" if rows else ""
 
 
 # -- the report: one page to look at everything --------------------------------------------------------------
@@ -600,24 +562,24 @@ h2 { font-size: 1em; font-weight: 600; margin: .3em 0 }
 h2 small { font-weight: normal; color: #777 }
 .models { display: flex; gap: .8em; overflow-x: auto }
 .model { font-size: .85em; font-weight: 600 }
-.samples { display: grid; grid-template-columns: repeat(ACROSS, var(--side)); gap: .3em; align-items: start }
+.samples { display: grid; grid-template-columns: repeat($across, var(--side)); gap: .3em; align-items: start }
 figure { margin: 0 }
 figcaption { font-size: .8em; color: #555 }
-img { width: 100%; min-height: 1.4em; display: block; background: #eee; image-rendering: IMAGES }
+img { width: 100%; min-height: 1.4em; display: block; background: #eee; image-rendering: $images }
 </style></head><body><h1>Evaluation</h1>
-<div id="tables">TABLES</div>
+<div id="tables">$tables</div>
 <nav>
-<label>task <select id="task"><option value="">all</option>TASKS</select></label>
-<label>sort by <select id="reward"><option value="">the order of the prompts</option>REWARDS</select></label>
-<label>of <select id="model">MODELS</select></label>
-<label>less that of <select id="other"><option value="">none</option>MODELS</select></label>
+<label>task <select id="task"><option value="">all</option>$tasks</select></label>
+<label>sort by <select id="reward"><option value="">the order of the prompts</option>$rewards</select></label>
+<label>of <select id="model">$models</select></label>
+<label>less that of <select id="other"><option value="">none</option>$models</select></label>
 <label><select id="first"><option value="1">worst first</option><option value="-1">best first</option>
 </select></label>
 <label>size <input id="side" type="range" min="60" max="600" value="180"></label>
 <label id="count"></label>
 </nav>
 <main>
-PROMPTS
+$prompts
 </main>
 <script>
 const get = id => document.getElementById(id), articles = [...document.querySelectorAll("article")];
@@ -657,87 +619,78 @@ def table_html(text):
     return "\n".join([f"<div><h2>{html.escape(heading)}</h2><table>", *rows, "</table></div>"])
 
 
-def article_html(task, first, have):
-    """One prompt's pictures of all models, with their scores; `first` is the number of its first picture."""
-    numbers, means, models = range(first, first + args.samples_per_prompt), {}, []
-    scored = rewards_of(task, rewards, prompts)
+def article_html(task, first, scores):
+    """One prompt's pictures of all models, with their scores {model: read_scores}; `first` is the number of its
+    first picture."""
+    scored, means_of, models = rewards_of(task, rewards, prompts), {}, []
     for name in names:
         figures, values = [], {reward: [] for reward in scored}
-        for i in numbers:
-            said = []
+        for i in range(first, first + each):
+            caption = []
             for reward in scored:
-                value = have[name, task].get((rewards[reward].identity, i))
+                value = scores[name].get((rewards[reward].identity, i))
                 values[reward].append(value)
-                said.append(f"{reward} {'missing' if value is None else format(value, '.3f')}")
-            place = pathlib.Path(os.path.relpath(files[name, task][i], args.out)).as_posix()
-            link = html.escape(urllib.parse.quote(place))
-            figures.append(
-                f'<figure><a href="{link}"><img loading="lazy" src="{link}" alt="no picture"></a>'
-                f"<figcaption>{html.escape(', '.join(said))}</figcaption></figure>"
-            )
-        means[name] = {reward: None if None in v else sum(v) / len(v) for reward, v in values.items()}
-        models.append(
-            f'<div><div class="model">{html.escape(name)}</div>'
-            f'<div class="samples">{"".join(figures)}</div></div>'
-        )
-    return (
-        f'<article data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}" '
-        f'data-scores="{html.escape(json.dumps(means))}">\n'
-        f"<h2>{html.escape(prompts[task][first]['prompt'])} "
-        f"<small>{html.escape(task)} {first // args.samples_per_prompt}</small></h2>\n"
-        f'<div class="models">{"".join(models)}</div>\n</article>'
+                caption.append(f"{reward} {'missing' if value is None else format(value, '.3f')}")
+            path = pathlib.Path(os.path.relpath(files[name, task][i], args.out)).as_posix()
+            link = html.escape(urllib.parse.quote(path))
+            image = f'<a href="{link}"><img loading="lazy" src="{link}" alt="no picture"></a>'
+            caption = f"<figcaption>{html.escape(', '.join(caption))}</figcaption>"
+            figures.append(f"<figure>{image}{caption}</figure>")
+        means_of[name] = {reward: None if None in v else sum(v) / each for reward, v in values.items()}
+        label = f'<div class="model">{html.escape(name)}</div>'
+        models.append(f'<div>{label}<div class="samples">{"".join(figures)}</div></div>')
+    data = f'data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}"'
+    data += f' data-scores="{html.escape(json.dumps(means_of))}"'
+    prompt = (
+        f"{html.escape(prompts[task][first]['prompt'])} <small>{html.escape(task)} {first // each}</small>"
     )
+    return f'<article {data}>\n<h2>{prompt}</h2>\n<div class="models">{"".join(models)}</div>\n</article>'
 
 
-def report(tables):
+def options_html(values):
+    return "".join(f"<option>{html.escape(value)}</option>" for value in values)
+
+
+def page_html(tables):
     """The page: the tables, and every prompt's pictures, which it shows from where they lie."""
-    have = {(name, task): read_scores(name, task) for name in names for task in prompts}
-    articles, each = [], args.samples_per_prompt
+    articles = []
     for task, rows in prompts.items():
-        articles += [article_html(task, first, have) for first in range(0, len(rows), each)]
-    widths = [thumbnail(files[name, task][0], 128).shape[-1] for name in names for task in prompts]
-
-    def options(values):
-        return "".join(f"<option>{html.escape(value)}</option>" for value in values)
-
-    parts = {
-        "IMAGES": "pixelated" if max(widths) < 128 else "auto",
-        "ACROSS": str(min(2, each)),
-        "TABLES": "\n".join(map(table_html, tables)),
-        "PROMPTS": "\n".join(articles),
-        "TASKS": options(prompts),
-        "REWARDS": options(rewards),
-        "MODELS": options(names),
-    }
-    return re.sub("|".join(parts), lambda found: parts[found[0]], PAGE)
+        scores = {name: read_scores(name, task) for name in names}
+        articles += [article_html(task, first, scores) for first in range(0, len(rows), each)]
+    widest = max(thumbnail(files[name, task][0], 128).shape[-1] for name in names for task in prompts)
+    return string.Template(PAGE).substitute(
+        images="pixelated" if widest < 128 else "auto",
+        across=min(2, each),
+        tables="\n".join(map(table_html, tables)),
+        prompts="\n".join(articles),
+        tasks=options_html(prompts),
+        rewards=options_html(rewards),
+        models=options_html(names),
+    )
 
 
 if rank == 0:
     results = [summary(name) for name in names]
     tables = [markdown(results)]
     for kind in ("tasks", "tags"):
-        for reward in dict.fromkeys(k for r in results for k in r[kind]):
-            parts = []
-            for r in results:
-                if len(r[kind].get(reward, ())) > 1:
-                    means, errors = ({k: v[i] for k, v in r[kind][reward].items()} for i in (0, 1))
-                    parts.append({"model": r["model"], "scores": means, "stderr": errors})
-            if parts:
-                tables.append(f"{reward} by {kind[:-1]}:\n\n{markdown(parts)}")
-    shown = max(2, 12 // len(prompts))  # of each task, one picture a prompt
-    each = args.samples_per_prompt
-    chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), each)[:shown]]
+        for reward in dict.fromkeys(reward for result in results for reward in result[kind]):
+            tables.append(breakdown(results, kind, reward))
+    tables = [table for table in tables if table]
+    per_task = max(2, 12 // len(prompts))  # pictures of the grid, one a prompt
+    chosen = [(task, i) for task in prompts for i in range(0, len(prompts[task]), each)[:per_task]]
+    captions = [prompts[task][i]["prompt"] for task, i in chosen]
     grid = {name: [thumbnail(files[name, task][i], 512) for task, i in chosen] for name in names}
-    save_grid(os.path.join(args.out, "samples.png"), grid, [prompts[task][i]["prompt"] for task, i in chosen])
+    flow_sde.save_grid(os.path.join(args.out, "samples.png"), grid, captions)
     write_json(os.path.join(args.out, "results.json"), results)
     write(os.path.join(args.out, "results.md"), "\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
-    lost = {f"{r['model']}: {n} of {reward}" for r in results for reward, n in r["missing"].items()}
+    also = "results.md, samples.png"
     if args.report:
-        write(os.path.join(args.out, "report.html"), report(tables))
-    also = ", report.html" if args.report else ""
-    print(f"done: {args.out}/results.json (also results.md, samples.png{also})")
+        write(os.path.join(args.out, "report.html"), page_html(tables))
+        also += ", report.html"
+    print(f"done: {args.out}/results.json (also {also})")
+    lost = {f"{r['model']}: {n} of {reward}" for r in results for reward, n in r["missing"].items()}
     if lost:
-        lost = ", ".join(sorted(lost))
-        end_processes(accelerator, f"scores are missing ({lost}); the same command tries again")
-end_processes(accelerator)
+        reason = f"scores are missing ({', '.join(sorted(lost))}); the same command tries again"
+        flow_sde.end_processes(accelerator, reason)
+flow_sde.end_processes(accelerator)

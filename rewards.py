@@ -265,11 +265,22 @@ def clipscore(images, prompts, metadata=None, model=CLIP_L):
     return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 30
 
 
-@functools.cache
 def load_clip(model, tokenizer, device):
-    from transformers import AutoTokenizer, CLIPModel
+    return load("CLIPModel", model, device), load("AutoTokenizer", tokenizer)
 
-    return load(CLIPModel, model, device), load(AutoTokenizer, tokenizer)
+
+@functools.cache
+def load(kind, name, device=None):
+    """A transformers class from a folder or hub id; a network is frozen, and on the device."""
+    import transformers
+
+    try:
+        loaded = getattr(transformers, kind).from_pretrained(name)
+    except Exception as error:  # a broken file can raise anything
+        raise Unavailable(f"{name} could not be loaded ({first_line(error)})") from error
+    if device is None:
+        return loaded
+    return loaded.eval().requires_grad_(False).to(device, torch.float32)
 
 
 def clip_cosine(clip, tokenizer, pixels, prompts):
@@ -312,17 +323,6 @@ def normalize(pixels, mean, std):
     """(..., 3, H, W): each colour less its mean, over its spread."""
     mean, std = (torch.tensor(numbers, device=pixels.device)[:, None, None] for numbers in (mean, std))
     return (pixels - mean) / std
-
-
-def load(kind, name, device=None, **options):
-    """A transformers class from a folder or hub id."""
-    try:
-        loaded = kind.from_pretrained(name, **options)
-    except Exception as error:  # a broken file can raise anything
-        raise Unavailable(f"{name} could not be loaded ({first_line(error)})") from error
-    if device is None:
-        return loaded
-    return loaded.eval().requires_grad_(False).to(device, torch.float32)
 
 
 LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
@@ -409,10 +409,10 @@ def padded(images, size):
 
 @functools.cache
 def load_hpsv2(weights, base, device):
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import CLIPModel
 
-    clip = fill(CLIPModel(load(CLIPConfig, base)), from_open_clip(load_state(weights)), weights, device)
-    return clip, load(AutoTokenizer, base)
+    clip = CLIPModel(load("CLIPConfig", base))
+    return fill(clip, from_open_clip(load_state(weights)), weights, device), load("AutoTokenizer", base)
 
 
 OPEN_CLIP = {  # open_clip's names -> transformers'
@@ -482,7 +482,7 @@ TIMM = {  # timm's names of a vision transformer -> transformers'
 def load_imagereward(weights, tokenizer, device):
     """ImageReward.pt holds a BLIP whose vision tower has timm's names, and `mlp`; the sizes are read off the
     tensors, 64 to a head."""
-    from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     tower, text = {}, {}
@@ -523,7 +523,7 @@ def load_imagereward(weights, tokenizer, device):
     except (KeyError, ValueError) as error:
         raise Unavailable(f"{weights} does not fit: {error}") from error
     vision, bert = fill(vision, tower, weights, device), fill(bert, text, weights, device)
-    return vision, bert, load_head(weights, "mlp.layers.", depth, device), load(AutoTokenizer, tokenizer)
+    return vision, bert, load_head(weights, "mlp.layers.", depth, device), load("AutoTokenizer", tokenizer)
 
 
 def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-large", size=480, length=35):
@@ -532,7 +532,8 @@ def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-l
     (BSD-3), at the official 480 pixels; the hub's copy of it keeps position embeddings for 384, so they are
     interpolated twice where the official ones are not at all. The phrases are the row's "phrases", or spaCy's
     as in the official scorer: needs spacy and its en_core_web_sm for that, and 1.5 GB."""
-    blip, tokenizer = load_blip(model, images.device)
+    blip = load("BlipForQuestionAnswering", model, images.device)
+    tokenizer = load("AutoTokenizer", model)
     config = blip.config.text_config
     yes_no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     start = torch.full((1, 1), config.bos_token_id, device=images.device)
@@ -550,13 +551,6 @@ def blipvqa(images, prompts, metadata=None, model="Salesforce/blip-vqa-capfilt-l
             score = score * logits.softmax(-1)[0]
         scores.append(score)
     return torch.stack(scores)
-
-
-@functools.cache
-def load_blip(model, device):
-    from transformers import AutoTokenizer, BlipForQuestionAnswering
-
-    return load(BlipForQuestionAnswering, model, device), load(AutoTokenizer, model)
 
 
 def noun_phrases(row, **_):
@@ -709,12 +703,9 @@ def detect(images, detector=DETECTOR):
     return pictures
 
 
-@functools.cache
 def load_detector(detector, device):
-    from transformers import Mask2FormerForUniversalSegmentation
-
     need("scipy")  # transformers' class refuses to be made without it
-    network = load(Mask2FormerForUniversalSegmentation, detector, device)
+    network = load("Mask2FormerForUniversalSegmentation", detector, device)
     if network.config.num_labels != len(OBJECTS):
         raise Unavailable(f"{detector} knows {network.config.num_labels} classes, not COCO's 80")
     return network
@@ -1126,12 +1117,8 @@ SPEC = re.compile(
 )
 SERVERS = {"": served, "pickle+": served_pickle}
 JUDGES = "deqa", "qwenvl", "unifiedreward"
-CHECKS = {
-    "ocr": check_ocr,
-    "geneval": check_geneval,
-    "geneval_strict": check_geneval,
-    "blipvqa": noun_phrases,
-}
+CHECKS = {"ocr": check_ocr, "blipvqa": noun_phrases}
+CHECKS |= {"geneval": check_geneval, "geneval_strict": check_geneval}
 PACKAGES = {"ocr": "rapidocr", "blipvqa": "en_core_web_sm"}  # that bring weights
 
 

@@ -36,8 +36,19 @@ from tqdm import tqdm
 
 import flow_sde
 from flow_sde import die, fingerprint, parse_specs, write, write_json
-from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards
-from rewards import pil, read_picture, rewards_of, score_batch
+from rewards import (
+    RewardError,
+    Unavailable,
+    check_rewards,
+    encoded,
+    markdown,
+    mean_error,
+    parse_rewards,
+    pil,
+    read_picture,
+    rewards_of,
+    score_batch,
+)
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(
@@ -53,9 +64,8 @@ TOY = dict(
 )
 # The paper's Average = (GenEval + OCR + DeQA / 5 + PickScore / 26) / 4; our scores are divided already
 PAPER = ("geneval", "ocr", "deqa", "pickscore")
-DTYPES = ["float32", "bfloat16", "float16"]
-FOLDERS = """instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names end
-in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as for
+FOLDERS = """instead of models: pictures in DIR/TASK (or DIR, or samples in it), in the prompts' order. Names
+end in a number from 0 or 1 on (PROMPT_000000.png, as here and in T2I-CompBench; 0.jpg or image_0.png, as for
 diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or folders bear it (GenEval:
 00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff"""
 
@@ -63,53 +73,23 @@ diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or fol
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id; without it, the embedded toy with settings that fit it")
-add(
-    "--models",
-    nargs="+",
-    metavar="NAME=LORA[,guidance=G]",
-    default=["base"],
-    help="the rows; `base`: no LoRA",
-)
+add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="rows; `base`: no LoRA")
 add("--folders", nargs="+", metavar="NAME=DIR", help=FOLDERS)
-add(
-    "--tasks",
-    "--prompts",
-    nargs="+",
-    metavar="TASK=FILE",
-    help="held-out prompts (.txt, .jsonl, .json, .csv, .tsv)",
-)
-add(
-    "--samples-per-prompt",
-    type=int,
-    default=1,
-    help="pictures of each (GenEval: 4); from 2 on, also diversity",
-)
-add(
-    "--reward",
-    nargs="+",
-    metavar="NAME[@TASK]",
-    help="the columns; called like a task, it scores that task only",
-)
+add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt, .jsonl, .csv ...)")
+add("--samples-per-prompt", type=int, default=1, help="GenEval: 4; from 2 on, a column with their diversity")
+add("--reward", nargs="+", metavar="NAME[@TASK]", help="the columns; one called like a task scores that only")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--out", default="out/evaluate", help="folder of the pictures, scores and tables")
-add(
-    "--report", action="store_true", help="write OUT/report.html: all pictures side by side with their scores"
-)
+add("--report", action="store_true", help="write OUT/report.html: all pictures and scores side by side")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
-add("--dtype", choices=DTYPES, help="of the frozen networks")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks")
 add("--no-t5", action="store_true", help="leave out SD3's T5, the largest network of 3.5-Medium")
-add(
-    "--max-sequence-length",
-    type=int,
-    help="tokens read of a prompt by T5, or a model's like (Flow-GRPO: 128)",
-)
-add(
-    "--offload-text-encoders", action="store_true", help="keep them in the CPU's memory but while they encode"
-)
+add("--max-sequence-length", type=int, help="tokens that T5 or its like reads (Flow-GRPO and Flow-OPD: 128)")
+add("--offload-text-encoders", action="store_true", help="keep them in CPU memory but while they encode")
 add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
 args = flow_sde.parse_args(parser, TOY)
@@ -591,7 +571,7 @@ function value(article) {
 }
 function show() {
   const reward = get("reward").value, task = get("task").value, sign = +get("first").value;
-  const has = article => !reward || article.dataset.rewards.split(" ").includes(reward);
+  const has = article => !reward || reward in scores.get(article)[get("model").value];
   const shown = articles.filter(article => (!task || article.dataset.task == task) && has(article));
   if (reward) shown.sort((a, b) => {  // a missing score comes first
     const x = value(a), y = value(b);
@@ -620,8 +600,7 @@ def table_html(text):
 
 
 def article_html(task, first, scores):
-    """One prompt's pictures of all models, with their scores {model: read_scores}; `first` is the number of its
-    first picture."""
+    """One prompt's pictures of all models, from number `first` on; scores: {model: read_scores}."""
     scored, means_of, models = rewards_of(task, rewards, prompts), {}, []
     for name in names:
         figures, values = [], {reward: [] for reward in scored}
@@ -639,12 +618,10 @@ def article_html(task, first, scores):
         means_of[name] = {reward: None if None in v else sum(v) / each for reward, v in values.items()}
         label = f'<div class="model">{html.escape(name)}</div>'
         models.append(f'<div>{label}<div class="samples">{"".join(figures)}</div></div>')
-    data = f'data-task="{html.escape(task)}" data-rewards="{" ".join(scored)}"'
-    data += f' data-scores="{html.escape(json.dumps(means_of))}"'
-    prompt = (
-        f"{html.escape(prompts[task][first]['prompt'])} <small>{html.escape(task)} {first // each}</small>"
-    )
-    return f'<article {data}>\n<h2>{prompt}</h2>\n<div class="models">{"".join(models)}</div>\n</article>'
+    data = f'data-task="{html.escape(task)}" data-scores="{html.escape(json.dumps(means_of))}"'
+    number = f"<small>{html.escape(task)} {first // each}</small>"
+    heading = f"<h2>{html.escape(prompts[task][first]['prompt'])} {number}</h2>"
+    return f'<article {data}>\n{heading}\n<div class="models">{"".join(models)}</div>\n</article>'
 
 
 def options_html(values):

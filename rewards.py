@@ -1052,8 +1052,8 @@ def post(url, body, headers, timeout, retries):
 
 
 async def post_once(url, body, headers):
-    """POST; (response, its bytes). Pictures and keys go where the user sent them: no redirect is followed, and
-    what is sent to this machine itself passes no proxy."""
+    """POST; (response, its bytes). Pictures and keys go where the user sent them: no redirect is followed,
+    and what is sent to this machine itself passes no proxy."""
     import httpx2
 
     host = urllib.parse.urlsplit(url).hostname or ""

@@ -1,4 +1,5 @@
-"""Reward models against independent computations of their formulas, on small random weights in the layouts people share."""
+"""Reward models against independent computations of their formulas, on small random weights in the layouts
+people share."""
 
 import types
 
@@ -12,17 +13,15 @@ from PIL import Image
 import rewards
 
 PROMPTS = ["a red fox", "two cats and a very long list of other animals that goes on"]
-MEAN, STD = (
-    torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1),
-    torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1),
-)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+CLOSE = dict(atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def images():
-    return F.interpolate(
-        torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(3)), 54, mode="bicubic"
-    ).clamp(0, 1)
+    blocks = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+    return F.interpolate(blocks, 54, mode="bicubic").clamp(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,9 @@ def pixels(images, size):
     """Square pictures as the reference code feeds them: 8 bits, PIL's bicubic, CLIP's mean and spread."""
     out = []
     for image in images:
-        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        out.append((torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - MEAN) / STD)
+        picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+        picture = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+        out.append((torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN) / STD)
     return torch.stack(out)
 
 
@@ -48,41 +46,31 @@ def score(name, images, prompts=PROMPTS, metadata=None, **options):
 
 
 def embeddings(folder, images):
-    """Normalised embeddings of a small CLIP, its towers run by hand on one prompt at a time, so without padding."""
+    """The model and the normalised embeddings of a small CLIP, its towers run by hand on one prompt at a
+    time, so without padding."""
     from transformers import CLIPModel
 
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), clip_tokenizer(folder)
     with torch.no_grad():
         seen = model.visual_projection(model.vision_model(pixels(images, 28)).pooler_output)
-        read = torch.cat(
-            [
-                model.text_projection(
-                    model.text_model(tokenizer(p, return_tensors="pt").input_ids[:, :77]).pooler_output
-                )
-                for p in PROMPTS
-            ]
-        )
-    return model, seen / seen.norm(dim=-1, keepdim=True), read / read.norm(dim=-1, keepdim=True)
+        states = []
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids[:, :77]
+            states.append(model.text_model(ids).pooler_output)
+        read = model.text_projection(torch.cat(states))
+    return model, F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
 
 
 def test_pickscore_and_clipscore(clip, images):
     model, seen, read = embeddings(clip, images)
     cosine = (seen * read).sum(-1)
     assert cosine.abs().max() > 0.05
-    torch.testing.assert_close(
-        score("pickscore", images, model=clip, tokenizer=clip),
-        model.logit_scale.exp().detach() * cosine / 26,
-        atol=1e-5,
-        rtol=1e-5,
-    )
-    torch.testing.assert_close(
-        score("clipscore", images, model=clip),
-        model.logit_scale.exp().detach() * cosine / 30,
-        atol=1e-5,
-        rtol=1e-5,
-    )
-    alone = torch.cat([score("clipscore", images[k : k + 1], PROMPTS[k : k + 1], model=clip) for k in (0, 1)])
-    torch.testing.assert_close(alone, score("clipscore", images, model=clip), atol=1e-5, rtol=1e-5)
+    scaled = model.logit_scale.exp().detach() * cosine
+    torch.testing.assert_close(score("pickscore", images, model=clip, tokenizer=clip), scaled / 26, **CLOSE)
+    together = score("clipscore", images, model=clip)
+    torch.testing.assert_close(together, scaled / 30, **CLOSE)
+    one_by_one = [score("clipscore", images[k : k + 1], PROMPTS[k : k + 1], model=clip) for k in (0, 1)]
+    torch.testing.assert_close(torch.cat(one_by_one), together, **CLOSE)
 
 
 def linear_layers(prefix, width):
@@ -99,20 +87,17 @@ def linear_layers(prefix, width):
 
 def test_aesthetic(clip, images, tmp_path):
     state, layers = linear_layers("", 24)
-    assert set(state) == {
-        f"layers.{i}.{k}" for i in (0, 2, 4, 6, 7) for k in ("weight", "bias")
-    }  # the published file's names
+    names = {f"layers.{i}.{k}" for i in (0, 2, 4, 6, 7) for k in ("weight", "bias")}  # the published file's
+    assert set(state) == names
     torch.save(state, tmp_path / "head.pth")
     _, seen, _ = embeddings(clip, images)
-    expected = layers(seen)[:, 0].detach()
-    torch.testing.assert_close(
-        score("aesthetic", images, model=clip, head=tmp_path / "head.pth"), expected, atol=1e-5, rtol=1e-4
-    )
-    wide = linear_layers("", 768)[0]
+    scores = score("aesthetic", images, model=clip, head=tmp_path / "head.pth")
+    torch.testing.assert_close(scores, layers(seen)[:, 0].detach(), atol=1e-5, rtol=1e-4)
     two = state | {"layers.7.weight": torch.zeros(2, 16), "layers.7.bias": torch.zeros(2)}
+    short = {k: v for k, v in state.items() if k != "layers.4.bias"}
     for name, bad, message in (
-        ("short", {k: v for k, v in state.items() if k != "layers.4.bias"}, "does not fit: .*4.bias"),
-        ("wide", wide, r"does not fit: .*size mismatch for 0.weight"),
+        ("short", short, "does not fit: .*4.bias"),
+        ("wide", linear_layers("", 768)[0], r"does not fit: .*size mismatch for 0.weight"),
         ("two", two, r"does not fit: .*size mismatch for 7.weight"),
         ("list", list(state.values()), "list.pth: a list, not tensors by their names"),
         ("bare", torch.zeros(3), "bare.pth: a Tensor, not tensors by their names"),
@@ -124,63 +109,52 @@ def test_aesthetic(clip, images, tmp_path):
             score("aesthetic", images, model=clip, head=tmp_path / f"{name}.pth")
 
 
+def parameter(*shape):
+    return torch.nn.Parameter(torch.randn(shape) * 0.2)
+
+
+class Block(torch.nn.Module):
+    """A layer of open_clip's ViT: fused in_proj in nn.MultiheadAttention."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.attn = torch.nn.MultiheadAttention(width, 2, batch_first=True)
+        layers = {"c_fc": torch.nn.Linear(width, 64), "c_proj": torch.nn.Linear(64, width)}
+        self.mlp = torch.nn.ModuleDict(layers)
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+def tower(width):
+    module = torch.nn.Module()
+    module.resblocks = torch.nn.ModuleList([Block(width), Block(width)])
+    return module
+
+
 class OpenClip(torch.nn.Module):
-    """open_clip's ViT, as its layers are defined: fused in_proj in nn.MultiheadAttention, projections as bare matrices applied from the right."""
+    """open_clip's ViT, as its layers are defined: projections as bare matrices applied from the right."""
 
     def __init__(self, words, width=32, seen=48, out=24):
         super().__init__()
-
-        class Block(torch.nn.Module):
-            def __init__(self, width):
-                super().__init__()
-                self.ln_1, self.ln_2, self.attn = (
-                    torch.nn.LayerNorm(width),
-                    torch.nn.LayerNorm(width),
-                    torch.nn.MultiheadAttention(width, 2, batch_first=True),
-                )
-                self.mlp = torch.nn.ModuleDict(
-                    {"c_fc": torch.nn.Linear(width, 64), "c_proj": torch.nn.Linear(64, width)}
-                )
-
-            def forward(self, x, mask=None):
-                y = self.ln_1(x)
-                x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-                return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
-
-        def tower(width):
-            t = torch.nn.Module()
-            t.resblocks = torch.nn.ModuleList([Block(width) for _ in range(2)])
-            return t
-
-        p = lambda *shape: torch.nn.Parameter(torch.randn(shape) * 0.2)
-        v = self.visual = torch.nn.Module()
-        v.conv1, v.class_embedding, v.positional_embedding = (
-            torch.nn.Conv2d(3, seen, 14, 14, bias=False),
-            p(seen),
-            p(5, seen),
+        self.visual = v = torch.nn.Module()
+        v.conv1 = torch.nn.Conv2d(3, seen, 14, 14, bias=False)
+        v.class_embedding, v.positional_embedding, v.proj = (
+            parameter(seen),
+            parameter(5, seen),
+            parameter(seen, out),
         )
-        v.ln_pre, v.ln_post, v.transformer, v.proj = (
-            torch.nn.LayerNorm(seen),
-            torch.nn.LayerNorm(seen),
-            tower(seen),
-            p(seen, out),
-        )
-        self.token_embedding, self.positional_embedding, self.transformer = (
-            torch.nn.Embedding(words, width),
-            p(77, width),
-            tower(width),
-        )
-        self.ln_final, self.text_projection, self.logit_scale = (
-            torch.nn.LayerNorm(width),
-            p(width, out),
-            torch.nn.Parameter(torch.tensor(4.6)),
-        )
+        v.ln_pre, v.ln_post, v.transformer = torch.nn.LayerNorm(seen), torch.nn.LayerNorm(seen), tower(seen)
+        self.token_embedding, self.transformer = torch.nn.Embedding(words, width), tower(width)
+        self.positional_embedding, self.text_projection = parameter(77, width), parameter(width, out)
+        self.ln_final, self.logit_scale = torch.nn.LayerNorm(width), torch.nn.Parameter(torch.tensor(4.6))
         for module in self.modules():
             if isinstance(module, torch.nn.LayerNorm):
-                module.weight.data, module.bias.data = (
-                    torch.rand_like(module.weight) + 0.5,
-                    torch.randn_like(module.bias) * 0.3,
-                )
+                module.weight.data = torch.rand_like(module.weight) + 0.5
+                module.bias.data = torch.randn_like(module.bias) * 0.3
 
     def see(self, x):
         v = self.visual
@@ -198,20 +172,17 @@ class OpenClip(torch.nn.Module):
 
 
 def float_pixels(images, size):
-    """Pictures as HPSv2's transform makes them: a tensor of 8 bits, its longer side resized in floating point, without clamping,
-    then black beside it, the odd pixel to the right; here by Pillow's filter for pictures of one float channel."""
-    out = []
-    for image in images:
-        width, height = (
-            round(side * size / max(image.shape[1:])) for side in (image.shape[2], image.shape[1])
-        )
-        canvas = torch.zeros(3, size, size)
-        left, top = (size - width) // 2, (size - height) // 2
-        for channel, to in zip((image * 255).round() / 255, canvas):
+    """Pictures as HPSv2's transform makes them: a tensor of 8 bits, its longer side resized in floating
+    point, without clamping, then black beside it, the odd pixel to the right; here by Pillow's filter for
+    pictures of one float channel."""
+    height, width = (round(side * size / max(images.shape[2:])) for side in images.shape[2:])
+    left, top = (size - width) // 2, (size - height) // 2
+    canvas = torch.zeros(len(images), 3, size, size)
+    for image, out in zip((images * 255).round() / 255, canvas):
+        for channel, to in zip(image, out):
             resized = Image.fromarray(channel.numpy()).resize((width, height), Image.Resampling.BICUBIC)
             to[top : top + height, left : left + width] = torch.from_numpy(np.array(resized))
-        out.append((canvas - MEAN) / STD)
-    return torch.stack(out)
+    return (canvas - MEAN) / STD
 
 
 @pytest.mark.parametrize("height, width", [(54, 54), (28, 28), (54, 31), (17, 54), (10, 20)])
@@ -226,27 +197,28 @@ def test_hpsv2_is_open_clips_arithmetic(images, tmp_path):
     tokenizer = clip_tokenizer(base)
     torch.manual_seed(1)
     model = OpenClip(len(tokenizer)).eval()
-    torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "hps.pt")
+
+    def scores(state):
+        torch.save({"epoch": 3, "state_dict": state}, tmp_path / "hps.pt")
+        rewards.load_hpsv2.cache_clear()
+        return score("hpsv2", images, weights=tmp_path / "hps.pt", base=base)
+
     ids = [tokenizer(p).input_ids[:77] for p in PROMPTS]
     ids = torch.tensor([i + [0] * (77 - len(i)) for i in ids])  # open_clip pads with zeros
     with torch.no_grad():
         expected = F.cosine_similarity(model.see(float_pixels(images, 28)), model.read(ids))
     assert expected.abs().max() > 0.05
-    torch.testing.assert_close(
-        score("hpsv2", images, weights=tmp_path / "hps.pt", base=base), expected, atol=2e-6, rtol=1e-5
-    )
+    state = model.state_dict()
+    torch.testing.assert_close(scores(state), expected, atol=2e-6, rtol=1e-5)
     for drop, name in (
         ("visual.ln_pre.weight", "pre_layrnorm.weight"),
         ("transformer.resblocks.1.attn.in_proj_bias", "q_proj.bias"),
         ("text_projection", "text_projection"),
     ):
-        state = {k: v for k, v in model.state_dict().items() if k != drop}
-        torch.save({"state_dict": state}, tmp_path / f"short {drop}.pt")
         with pytest.raises(rewards.RewardError, match=f"does not fit.*{name}"):
-            score("hpsv2", images, weights=tmp_path / f"short {drop}.pt", base=base)
-    torch.save({"state_dict": model.state_dict() | {"visual.extra": torch.zeros(1)}}, tmp_path / "long.pt")
+            scores({k: v for k, v in state.items() if k != drop})
     with pytest.raises(rewards.RewardError, match="does not fit.*extra"):
-        score("hpsv2", images, weights=tmp_path / "long.pt", base=base)
+        scores(state | {"visual.extra": torch.zeros(1)})
 
 
 def bert_tokenizer(folder):
@@ -254,198 +226,143 @@ def bert_tokenizer(folder):
     from transformers import BertTokenizer
 
     letters = [chr(c) for c in range(97, 123)] + ["?"]
-    vocab = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "yes",
-        "no",
-        *letters,
-        *("##" + c for c in letters),
-    ]
-    tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(vocab)})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no"]
+    vocab = [*special, *letters, *("##" + letter for letter in letters)]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def test_imagereward_is_the_original_arithmetic(images, tmp_path):
-    """timm's ViT and BLIP's BERT with cross-attention, written down as functions of ImageReward.pt's tensors. 128 wide, so two heads each."""
-    tokenizer = bert_tokenizer(tmp_path / "bert")
-    gen, W, B, words = torch.Generator().manual_seed(2), 128, 192, len(tokenizer) + 2
-    state = {}
+V, T = "blip.visual_encoder.", "blip.text_encoder."
+WIDTH, DEPTH = 128, 192  # of the two towers, so two and three heads
 
-    def new(name, *shape, size=0.3):
-        state[name] = torch.randn(shape, generator=gen) * (size if len(shape) < 2 else shape[-1] ** -0.5)
+
+def imagereward_state(words):
+    """A random ImageReward.pt of two layers a tower, with its head."""
+    gen, state = torch.Generator().manual_seed(2), {}
+
+    def new(name, *shape):
+        state[name] = torch.randn(shape, generator=gen) * (0.3 if len(shape) < 2 else shape[-1] ** -0.5)
 
     def linear(name, out, inside):
-        new(name + ".weight", out, inside), new(name + ".bias", out)
+        new(name + ".weight", out, inside)
+        new(name + ".bias", out)
 
     def norm(name, width):
         new(name + ".bias", width)
         state[name + ".weight"] = torch.rand(width, generator=gen) + 0.5
 
-    v, t = "blip.visual_encoder.", "blip.text_encoder."
-    (
-        new(v + "cls_token", 1, 1, W),
-        new(v + "pos_embed", 1, 5, W),
-        new(v + "patch_embed.proj.weight", W, 3, 16, 16),
-        new(v + "patch_embed.proj.bias", W),
-        norm(v + "norm", W),
-    )
+    new(V + "cls_token", 1, 1, WIDTH)
+    new(V + "pos_embed", 1, 5, WIDTH)
+    new(V + "patch_embed.proj.weight", WIDTH, 3, 16, 16)
+    new(V + "patch_embed.proj.bias", WIDTH)
+    norm(V + "norm", WIDTH)
+    new(T + "embeddings.word_embeddings.weight", words, DEPTH)
+    new(T + "embeddings.position_embeddings.weight", 40, DEPTH)
+    norm(T + "embeddings.LayerNorm", DEPTH)
+    state[T + "embeddings.position_ids"] = torch.arange(40)[None]
     for i in range(2):
-        block = f"{v}blocks.{i}."
-        (
-            norm(block + "norm1", W),
-            norm(block + "norm2", W),
-            linear(block + "attn.qkv", 3 * W, W),
-            linear(block + "attn.proj", W, W),
-        )
-        linear(block + "mlp.fc1", 2 * W, W), linear(block + "mlp.fc2", W, 2 * W)
-    (
-        new(t + "embeddings.word_embeddings.weight", words, B),
-        new(t + "embeddings.position_embeddings.weight", 40, B),
-        norm(t + "embeddings.LayerNorm", B),
-    )
-    state[t + "embeddings.position_ids"] = torch.arange(40)[None]
+        block, layer = f"{V}blocks.{i}.", f"{T}encoder.layer.{i}."
+        norm(block + "norm1", WIDTH)
+        norm(block + "norm2", WIDTH)
+        linear(block + "attn.qkv", 3 * WIDTH, WIDTH)
+        linear(block + "attn.proj", WIDTH, WIDTH)
+        linear(block + "mlp.fc1", 2 * WIDTH, WIDTH)
+        linear(block + "mlp.fc2", WIDTH, 2 * WIDTH)
+        for kind, source in (("attention", DEPTH), ("crossattention", WIDTH)):
+            linear(f"{layer}{kind}.self.query", DEPTH, DEPTH)
+            linear(f"{layer}{kind}.self.key", DEPTH, source)
+            linear(f"{layer}{kind}.self.value", DEPTH, source)
+            linear(f"{layer}{kind}.output.dense", DEPTH, DEPTH)
+            norm(f"{layer}{kind}.output.LayerNorm", DEPTH)
+        linear(layer + "intermediate.dense", 2 * DEPTH, DEPTH)
+        linear(layer + "output.dense", DEPTH, 2 * DEPTH)
+        norm(layer + "output.LayerNorm", DEPTH)
+    head, layers = linear_layers("mlp.", DEPTH)
+    return state | head, layers
+
+
+def attention(q, k, v, mask=None):
+    """Of heads of 64 dimensions."""
+    q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT / 8
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_imagereward_is_the_original_arithmetic(images, tmp_path):
+    """timm's ViT and BLIP's BERT with cross-attention, written down as functions of ImageReward.pt's
+    tensors."""
+    tokenizer = bert_tokenizer(tmp_path / "bert")
+    state, layers = imagereward_state(len(tokenizer) + 2)
+
+    def lin(name, x):
+        return x @ state[name + ".weight"].T + state[name + ".bias"]
+
+    def ln(name, x, eps=1e-12):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps)
+
+    kernel, bias = (state[f"{V}patch_embed.proj.{kind}"] for kind in ("weight", "bias"))
+    x = F.conv2d(pixels(images, 32), kernel, bias, stride=16).flatten(2).mT
+    x = torch.cat([state[V + "cls_token"].expand(2, -1, -1), x], 1) + state[V + "pos_embed"]
     for i in range(2):
-        layer = f"{t}encoder.layer.{i}."
-        for kind, source in (("attention", B), ("crossattention", W)):
-            (
-                linear(f"{layer}{kind}.self.query", B, B),
-                linear(f"{layer}{kind}.self.key", B, source),
-                linear(f"{layer}{kind}.self.value", B, source),
-            )
-            linear(f"{layer}{kind}.output.dense", B, B), norm(f"{layer}{kind}.output.LayerNorm", B)
-        (
-            linear(layer + "intermediate.dense", 2 * B, B),
-            linear(layer + "output.dense", B, 2 * B),
-            norm(layer + "output.LayerNorm", B),
-        )
-    head, layers = linear_layers("mlp.", B)
-    state |= head
-    torch.save(state, tmp_path / "ImageReward.pt")
-
-    lin = lambda name, x: x @ state[name + ".weight"].T + state[name + ".bias"]
-    ln = lambda name, x, eps: F.layer_norm(
-        x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps
-    )
-
-    def attention(q, k, v, mask=None):
-        q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.mT / 8
-        return (
-            ((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v)
-            .transpose(1, 2)
-            .flatten(2)
-        )
-
-    x = (
-        F.conv2d(
-            pixels(images, 32),
-            state[v + "patch_embed.proj.weight"],
-            state[v + "patch_embed.proj.bias"],
-            stride=16,
-        )
-        .flatten(2)
-        .mT
-    )
-    x = torch.cat([state[v + "cls_token"].expand(2, -1, -1), x], 1) + state[v + "pos_embed"]
-    for i in range(2):
-        b = f"{v}blocks.{i}."
+        b = f"{V}blocks.{i}."
         x = x + lin(b + "attn.proj", attention(*lin(b + "attn.qkv", ln(b + "norm1", x, 1e-6)).chunk(3, -1)))
         x = x + lin(b + "mlp.fc2", F.gelu(lin(b + "mlp.fc1", ln(b + "norm2", x, 1e-6))))
-    seen = ln(v + "norm", x, 1e-6)
+    seen = ln(V + "norm", x, 1e-6)
     read = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     mask = read.attention_mask[:, None, None].bool()
-    h = ln(
-        t + "embeddings.LayerNorm",
-        state[t + "embeddings.word_embeddings.weight"][read.input_ids]
-        + state[t + "embeddings.position_embeddings.weight"][:35],
-        1e-12,
-    )
+    h = state[T + "embeddings.word_embeddings.weight"][read.input_ids]
+    h = ln(T + "embeddings.LayerNorm", h + state[T + "embeddings.position_embeddings.weight"][:35])
     for i in range(2):
-        b = f"{t}encoder.layer.{i}."
-        for kind, source, m in (("attention", None, mask), ("crossattention", seen, None)):
-            s = b + kind + ".self."
-            k = h if source is None else source
-            a = attention(lin(s + "query", h), lin(s + "key", k), lin(s + "value", k), m)
-            h = ln(b + kind + ".output.LayerNorm", lin(b + kind + ".output.dense", a) + h, 1e-12)
-        h = ln(
-            b + "output.LayerNorm",
-            lin(b + "output.dense", F.gelu(lin(b + "intermediate.dense", h))) + h,
-            1e-12,
-        )
+        b = f"{T}encoder.layer.{i}."
+        for kind, source, its_mask in (("attention", None, mask), ("crossattention", seen, None)):
+            s, source = f"{b}{kind}.self.", h if source is None else source
+            a = attention(lin(s + "query", h), lin(s + "key", source), lin(s + "value", source), its_mask)
+            h = ln(f"{b}{kind}.output.LayerNorm", lin(f"{b}{kind}.output.dense", a) + h)
+        inner = F.gelu(lin(b + "intermediate.dense", h))
+        h = ln(b + "output.LayerNorm", lin(b + "output.dense", inner) + h)
     expected = (layers(h[:, 0])[:, 0].detach() - 0.16717362830052426) / 1.0333394966054072
 
-    options = dict(weights=tmp_path / "ImageReward.pt", tokenizer=tmp_path / "bert")
-    torch.testing.assert_close(score("imagereward", images, **options), expected, atol=2e-5, rtol=1e-4)
-    for drop in (
-        v + "blocks.1.norm2.weight",
-        t + "encoder.layer.0.crossattention.self.key.bias",
-        "mlp.layers.0.weight",
-        v + "cls_token",
-    ):
-        torch.save({k: value for k, value in state.items() if k != drop}, tmp_path / f"{drop}.pt")
+    def scores(state):
+        torch.save(state, tmp_path / "ImageReward.pt")
+        rewards.load_imagereward.cache_clear()
+        rewards.load_head.cache_clear()
+        return score("imagereward", images, weights=tmp_path / "ImageReward.pt", tokenizer=tmp_path / "bert")
+
+    torch.testing.assert_close(scores(state), expected, atol=2e-5, rtol=1e-4)
+    key = T + "encoder.layer.0.crossattention.self.key.bias"
+    for drop in (V + "blocks.1.norm2.weight", key, "mlp.layers.0.weight", V + "cls_token"):
         with pytest.raises(rewards.RewardError, match="does not fit"):
-            score("imagereward", images, weights=tmp_path / f"{drop}.pt", tokenizer=tmp_path / "bert")
+            scores({name: value for name, value in state.items() if name != drop})
 
 
 def test_blipvqa(images, tmp_path, monkeypatch):
-    """The product over phrases of yes / (yes + no), one question at a time through the class's own parts; phrases from the row or from spaCy."""
+    """The product over phrases of yes / (yes + no), one question at a time through the class's own parts;
+    phrases from the row or from spaCy."""
     from transformers import BlipConfig, BlipForQuestionAnswering
 
     tokenizer = bert_tokenizer(tmp_path)
     torch.manual_seed(4)
     size = len(tokenizer) + 2
-    BlipForQuestionAnswering(
-        BlipConfig(
-            text_config=dict(
-                vocab_size=size,
-                hidden_size=48,
-                encoder_hidden_size=48,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                bos_token_id=size - 2,
-                sep_token_id=3,
-                pad_token_id=0,
-                max_position_embeddings=64,
-                initializer_range=0.5,
-            ),
-            vision_config=dict(
-                hidden_size=48,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=32,
-                patch_size=16,
-                initializer_range=0.3,
-            ),
-        )
-    ).save_pretrained(tmp_path)
+    shared = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(
+        vocab_size=size, encoder_hidden_size=48, bos_token_id=size - 2, sep_token_id=3, pad_token_id=0
+    )
+    text |= shared | dict(max_position_embeddings=64, initializer_range=0.5)
+    vision = shared | dict(image_size=32, patch_size=16, initializer_range=0.3)
+    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
     model = BlipForQuestionAnswering.from_pretrained(tmp_path).eval()
-    positions = (
-        model.vision_model.embeddings.position_embedding.data
-    )  # of 2 x 2 patches and the class: made 3 x 3
-    grid = F.interpolate(
-        positions[:, 1:].view(1, 2, 2, 48).permute(0, 3, 1, 2), (3, 3), mode="bicubic", align_corners=False
-    )
-    model.vision_model.embeddings.position_embedding.data = torch.cat(
-        [positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1
-    )
+    positions = model.vision_model.embeddings.position_embedding  # of 2 x 2 patches and the class: made 3 x 3
+    grid = positions.data[:, 1:].view(1, 2, 2, 48).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (3, 3), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
+    positions.data = torch.cat([positions.data[:, :1], grid], 1)
     long = " ".join(["abc"] * 51)
-    asked = {
-        "a red fox": "a red fox?",
-        "two cats": "two cats?",
-        'a "Very" (long) list: of other animals.': "a very long list of other animals?",
-        long: long[:-4],
-    }  # 50 words, so without the question mark
-    rows = [
-        {"phrases": ["a red fox", long]},
-        {"phrases": ["two cats", 'a "Very" (long) list: of other animals.']},
-    ]
+    listed = 'a "Very" (long) list: of other animals.'
+    asked = {"a red fox": "a red fox?", "two cats": "two cats?", listed: "a very long list of other animals?"}
+    asked[long] = long[:-4]  # 50 words, so without the question mark
+    rows = [{"phrases": ["a red fox", long]}, {"phrases": ["two cats", listed]}]
     expected = []
     for image, row in zip(pixels(images, 48), rows):
         product = 1.0
@@ -455,34 +372,26 @@ def test_blipvqa(images, tmp_path, monkeypatch):
             with torch.no_grad():
                 seen = model.vision_model(image[None]).last_hidden_state
                 states = model.text_encoder(ids, encoder_hidden_states=seen).last_hidden_state
-                logits = model.text_decoder(torch.tensor([[size - 2]]), encoder_hidden_states=states).logits[
-                    0, 0
-                ]
-            yes, no = logits[[5, 6]].exp().tolist()
+                out = model.text_decoder(torch.tensor([[size - 2]]), encoder_hidden_states=states)
+            yes, no = out.logits[0, 0, [5, 6]].exp().tolist()
             product *= yes / (yes + no)
         expected.append(product)
-    assert score("blipvqa", images, metadata=rows, model=tmp_path, size=48).tolist() == pytest.approx(
-        expected, abs=1e-5
-    )
+    scores = score("blipvqa", images, metadata=rows, model=tmp_path, size=48)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 1 and abs(expected[0] - 0.5) > 0.01
-    chunks = {prompt: row["phrases"] for prompt, row in zip(PROMPTS, rows)}
+    chunks = {prompt: row["phrases"] for prompt, row in zip(PROMPTS, rows)} | {"p": ["The left", "Top"]}
     where = "top", "the side", "the left", "the right"  # left out, officially, so spelt
 
     def nlp(text):
-        return types.SimpleNamespace(
-            noun_chunks=[types.SimpleNamespace(text=c) for c in [*where, *chunks[text]]]
-        )
+        found = [types.SimpleNamespace(text=chunk) for chunk in (*where, *chunks[text])]
+        return types.SimpleNamespace(noun_chunks=found)
 
     monkeypatch.setattr(rewards, "load_spacy", lambda: nlp)
     assert score("blipvqa", images, model=tmp_path, size=48).tolist() == pytest.approx(expected, abs=1e-5)
-    chunks["p"] = ["The left", "Top"]
     assert rewards.noun_phrases({"prompt": "p"}) == ["The left", "Top"]
+    prompts = {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]}
     with pytest.raises(SystemExit, match="--prompts t: blipvqa finds no noun phrase in 'p57'"):
-        rewards.check_rewards(
-            rewards.parse_rewards(["blipvqa"]),
-            {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]},
-            32,
-        )
+        rewards.check_rewards(rewards.parse_rewards(["blipvqa"]), prompts, 32)
 
 
 def test_models_that_cannot_be_had(images, tmp_path):
@@ -495,106 +404,91 @@ def test_models_that_cannot_be_had(images, tmp_path):
         rewards.load_state(str(tmp_path / "evil.pth"))
 
 
-@pytest.mark.parametrize(
-    "specs, options, message",
-    [
-        (["clipscore=0"], [], "a positive number"),
-        (["clipscore=fast"], [], "expected NAME"),
-        (["clipscore", "clipscore"], [], "given twice"),
-        (["clipscore"], ["clipscore.speed=3"], "clipscore has model"),
-        (["clipscore"], ["pickscore.model=x"], "not among --reward"),
-        (["clipscore"], ["model"], "expected NAME.KEY"),
-        (["deqa=http://x"], ["deqa.timeout=soon"], "could not convert"),
-        (["jpeg"], ["jpeg.x=1"], "jpeg has no options"),
-        (["jpeg=ftp://x"], [], "expected NAME"),
-        (["jpeg=openai+http://x"], [], "openai[+] is for deqa"),
-        (["qwenvl=openai+http://x"], ["qwenvl.pattern=("], "pattern=[(]"),
-        (["smile"], [], "no such reward"),
-        (["qwenvl=openai+http://x"], ["qwenvl.prompt=@/nowhere"], "No such file"),
-        (["deqa=http://x"], ["deqa.retries=-1"], "at least 0"),
-        (["qwenvl=openai+http://x"], ["qwenvl.pattern=(a)(b)"], "one group"),
-        (["a=http://h:99999/x"], [], "Port out of range"),
-        (["a=http://[::1/x"], [], "Invalid IPv6"),
-        (["qwenvl=openai+http://x"], ["qwenvl.max_tokens=-1"], "at least 0"),
-    ],
-)
+WRONG = [
+    ("clipscore=0", [], "a positive number"),
+    ("clipscore=fast", [], "expected NAME"),
+    ("clipscore clipscore", [], "given twice"),
+    ("clipscore", ["clipscore.speed=3"], "clipscore has model"),
+    ("clipscore", ["pickscore.model=x"], "not among --reward"),
+    ("clipscore", ["model"], "expected NAME.KEY"),
+    ("deqa=http://x", ["deqa.timeout=soon"], "could not convert"),
+    ("jpeg", ["jpeg.x=1"], "jpeg has no options"),
+    ("jpeg=ftp://x", [], "expected NAME"),
+    ("jpeg=openai+http://x", [], "openai[+] is for deqa"),
+    ("qwenvl=openai+http://x", ["qwenvl.pattern=("], "pattern=[(]"),
+    ("smile", [], "no such reward"),
+    ("qwenvl=openai+http://x", ["qwenvl.prompt=@/nowhere"], "No such file"),
+    ("deqa=http://x", ["deqa.retries=-1"], "at least 0"),
+    ("deqa=http://x", ["deqa.timeout=0"], "more than 0"),
+    ("qwenvl=openai+http://x", ["qwenvl.pattern=(a)(b)"], "one group"),
+    ("a=http://h:99999/x", [], "Port out of range"),
+    ("a=http://[::1/x", [], "Invalid IPv6"),
+    ("qwenvl=openai+http://x", ["qwenvl.max_tokens=-1"], "at least 0"),
+]
+
+
+@pytest.mark.parametrize("specs, options, message", WRONG)
 def test_wrong_specs_are_refused(specs, options, message):
     with pytest.raises(SystemExit, match=message):
-        rewards.parse_rewards(specs, options)
+        rewards.parse_rewards(specs.split(), options)
 
 
 def test_specs(tmp_path):
     (tmp_path / "p.txt").write_text("Rate {prompt}")
-    chosen = rewards.parse_rewards(
-        [
-            "jpeg@scene=0.25",
-            "toy.ocr",
-            "deqa=0.2,openai+https://h:1/v1/",
-            "mine=http://h/x",
-            "geneval=pickle+http://h:1",
-        ],
-        ["deqa.timeout=3", f"deqa.prompt=@{tmp_path}/p.txt", "mine.retries=0"],
+    specs = (
+        "jpeg@scene=0.25 toy.ocr deqa=0.2,openai+https://h:1/v1/ mine=http://h/x geneval=pickle+http://h:1"
     )
-    assert (
-        list(chosen) == ["jpeg", "ocr", "deqa", "mine", "geneval"]
-        and chosen["jpeg"].weight == 0.25
-        and chosen["deqa"].weight == 0.2
-    )
-    assert chosen["deqa"].function.func is rewards.deqa and chosen["deqa"].function.keywords == {
-        "url": "https://h:1/v1",
-        "timeout": 3.0,
-        "prompt": "Rate {prompt}",
-    }
-    assert chosen["mine"].function.func is rewards.served and chosen["mine"].function.keywords == {
+    options = f"deqa.timeout=3 deqa.prompt=@{tmp_path}/p.txt mine.retries=0"
+    chosen = rewards.parse_rewards(specs.split(), options.split())
+    assert list(chosen) == ["jpeg", "ocr", "deqa", "mine", "geneval"]
+    assert [reward.weight for reward in chosen.values()] == [0.25, 1, 0.2, 1, 1]
+    assert chosen["jpeg"].task == "scene"
+    deqa, mine, geneval = (chosen[name].function for name in ("deqa", "mine", "geneval"))
+    assert deqa.func is rewards.deqa
+    assert deqa.keywords == {"url": "https://h:1/v1", "timeout": 3.0, "prompt": "Rate {prompt}"}
+    assert mine.func is rewards.served and mine.keywords == {
         "url": "http://h/x",
         "name": "mine",
         "retries": 0,
     }
-    assert chosen["geneval"].function.func is rewards.served_pickle
-    tasks = ["ocr", "scene", "geneval"]
-    assert rewards.rewards_of("scene", chosen, tasks) == ["jpeg", "deqa", "mine"] and rewards.rewards_of(
-        "ocr", chosen, tasks
-    ) == ["ocr", "deqa", "mine"]
-    for tasks_too in (["ocr", "ocr_strict"], ["ocr_strict", "ocr"]):
-        two = rewards.parse_rewards(["ocr", "ocr_strict=http://h"])
-        assert rewards.rewards_of("ocr", two, tasks_too) == ["ocr"] and rewards.rewards_of(
-            "ocr_strict", two, tasks_too
-        ) == ["ocr_strict"]
-    assert rewards.rewards_of(
-        "geneval", rewards.parse_rewards(["geneval", "geneval_strict", "ocr"]), tasks
-    ) == ["geneval", "geneval_strict"]
+    assert geneval.func is rewards.served_pickle
+
+
+def test_rewards_of_a_task():
+    def names(task, specs, tasks):
+        return " ".join(rewards.rewards_of(task, rewards.parse_rewards(specs.split()), tasks.split()))
+
+    tasks, specs = "ocr scene geneval", "jpeg@scene toy.ocr mine=http://h geneval=pickle+http://h:1"
+    assert names("scene", specs, tasks) == "jpeg mine"
+    assert names("ocr", specs, tasks) == "ocr mine"
+    assert names("geneval", "geneval geneval_strict ocr", tasks) == "geneval geneval_strict"
+    for tasks in ("ocr ocr_strict", "ocr_strict ocr"):
+        assert names("ocr", "ocr ocr_strict=http://h", tasks) == "ocr"
+        assert names("ocr_strict", "ocr ocr_strict=http://h", tasks) == "ocr_strict"
 
 
 def test_cached_scores_are_of_the_same_weights_servers_and_versions(tmp_path, monkeypatch):
-    """A reward's identity, by which cached scores are found: models by content, servers by address, rapidocr by version."""
+    """A reward's identity, by which cached scores are found: models by content, servers by address, rapidocr
+    by version."""
 
     def of(spec, *options):
         [reward] = rewards.parse_rewards([spec], options).values()
         return reward.identity
 
     assert of("deqa=http://a/x") == of("deqa=http://a/x/", "deqa.timeout=9", "deqa.retries=0")
-    assert (
-        len(
-            {
-                of(f"deqa={url}")
-                for url in ("http://a/x", "http://b/x", "http://a:9/x", "http://a/y", "pickle+http://a/x")
-            }
-        )
-        == 5
-    )
+    urls = "http://a/x", "http://b/x", "http://a:9/x", "http://a/y", "pickle+http://a/x"
+    assert len({of(f"deqa={url}") for url in urls}) == 5
     assert of("qwenvl=openai+http://a/v1") != of("qwenvl=openai+http://a/v1", "qwenvl.model=another")
     (tmp_path / "model").mkdir()
+    option = f"clipscore.model={tmp_path}/model"
     (tmp_path / "model/weights").write_bytes(b"one")
-    before = of("clipscore", f"clipscore.model={tmp_path}/model")
-    assert before == of("clipscore", f"clipscore.model={tmp_path}/model") != of("clipscore")
+    before = of("clipscore", option)
+    assert before == of("clipscore", option) != of("clipscore")
     (tmp_path / "model/weights").write_bytes(b"two")
-    assert before != of("clipscore", f"clipscore.model={tmp_path}/model")
+    assert before != of("clipscore", option)
     (tmp_path / "a.txt").write_text("Rate {prompt}")
-    assert (
-        of("qwenvl", f"qwenvl.prompt=@{tmp_path}/a.txt")
-        == of("qwenvl", "qwenvl.prompt=Rate {prompt}")
-        != of("qwenvl")
-    )
+    from_file = of("qwenvl", f"qwenvl.prompt=@{tmp_path}/a.txt")
+    assert from_file == of("qwenvl", "qwenvl.prompt=Rate {prompt}") != of("qwenvl")
     before = of("ocr")
     monkeypatch.setattr(rewards.importlib.metadata, "version", lambda package: "9.9")
     assert before != of("ocr") and "9.9" in of("ocr") and of("jpeg") == "jpeg {}"

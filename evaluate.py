@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flow_sde
-from flow_sde import die, fingerprint, parse_specs, write, write_json
+from flow_sde import check, die, fingerprint, parse_specs, write, write_json
 from rewards import (
     RewardError,
     Unavailable,
@@ -72,10 +72,10 @@ diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or fol
 # -- flags ---------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id; without it, the embedded toy with settings that fit it")
+add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
 add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="rows; `base`: no LoRA")
 add("--folders", nargs="+", metavar="NAME=DIR", help=FOLDERS)
-add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="held-out prompts (.txt, .jsonl, .csv ...)")
+add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="prompts (.txt .jsonl .json .csv .tsv)")
 add("--samples-per-prompt", type=int, default=1, help="GenEval: 4; from 2 on, a column with their diversity")
 add("--reward", nargs="+", metavar="NAME[@TASK]", help="the columns; one called like a task scores that only")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
@@ -86,19 +86,18 @@ add("--resolution", type=int, help="pixels")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
-add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen networks")
-add("--no-t5", action="store_true", help="leave out SD3's T5, the largest network of 3.5-Medium")
-add("--max-sequence-length", type=int, help="tokens that T5 or its like reads (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="keep them in CPU memory but while they encode")
-add("--compile", action="store_true", help="torch.compile the blocks: minutes at first, then faster on a GPU")
+add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
+add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
+add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
+add("--offload-text-encoders", action="store_true", help="in the CPU's memory but while they encode")
+add("--compile", action="store_true", help="torch.compile: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
 args = flow_sde.parse_args(parser, TOY)
 
-# -- what is asked, checked before anything slow -------------------------------------------------------------
-if not args.tasks or not args.reward:
-    die("--model needs --tasks TASK=FILE and --reward NAME with it")
-if any(spec.startswith("base=") for spec in args.models):
-    die("--models base=...: `base` is the bare model; call the LoRA something else")
+# -- checks, before anything slow ----------------------------------------------------------------------------
+check(args.tasks and args.reward, "--model needs --tasks TASK=FILE and --reward NAME with it")
+for spec in args.models:
+    check(not spec.startswith("base="), f"--models {spec}: `base` is the bare model; name the LoRA otherwise")
 each = args.samples_per_prompt
 rewards = parse_rewards(args.reward, args.reward_option)
 prompt_files = {task: spec["value"] for task, spec in parse_specs("--tasks", args.tasks).items()}
@@ -106,8 +105,8 @@ prompts = {}  # {task: [row of the prompt's file, once for every picture of it]}
 for task, file in prompt_files.items():
     prompts[task] = [row for row in flow_sde.load_prompts(task, file) for _ in range(each)]
 for task in prompts:
-    if not rewards_of(task, rewards, prompts):
-        die(f"--tasks {task}: no reward scores this task; --reward has {', '.join(rewards)}")
+    scored = rewards_of(task, rewards, prompts)
+    check(scored, f"--tasks {task}: no reward scores this task; --reward has {', '.join(rewards)}")
 folders = {name: spec["value"] for name, spec in parse_specs("--folders", args.folders).items()}
 specs = parse_specs("--models", [spec for spec in args.models if spec != "base"], guidance=args.guidance)
 if "base" in args.models:
@@ -135,35 +134,31 @@ def made_elsewhere(name, task):
     if not folder.is_dir() and len(prompts) == 1:
         folder = pathlib.Path(folders[name])
     flag = f"--folders {name}: {folder}"
-    if not folder.is_dir():
-        die(f"--folders {name}: there is no folder {folder}")
+    check(folder.is_dir(), f"--folders {name}: there is no folder {folder}")
     genevals = sorted(folder.glob("[0-9]*/samples/*"))
     found = genevals or sorted(folder.glob("samples/*")) or sorted(folder.glob("*"))
     pictures = [f for f in found if re.search(r"\.(png|jpe?g|webp|bmp|avif|tiff?)$", f.name, re.I)]
-    if not pictures:
-        die(f"{flag} has no pictures")
+    check(pictures, f"{flag} has no pictures")
     per_prompt, rest = divmod(len(pictures), needed // each)
-    if per_prompt not in (0, each) and not rest:
-        counts = f"{len(pictures)} pictures for {needed // each} prompts"
-        die(f"{flag} has {counts}; give --samples-per-prompt {per_prompt}")
+    counts = f"{len(pictures)} pictures for {needed // each} prompts"
+    check(rest or per_prompt in (0, each), f"{flag} has {counts}; give --samples-per-prompt {per_prompt}")
     orders, faults = {}, []
     for way, numbers in numberings(pictures, bool(genevals)).items():
         try:
             orders[way] = ordered(pictures, numbers, needed)
         except ValueError as error:
             faults.append(f"by {way}, {error}")
-    if not orders:
-        die(f"{flag}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
+    check(orders, f"{flag}: {'; '.join(faults)}. {needed} pictures need numbers from 0 or 1 on")
     way, order = next(iter(orders.items()))
-    if any(other != order for other in orders.values()):
-        different = f"{' and '.join(orders)} give different orders"
-        die(f"{flag}: {different}; let names end in the number that counts")
+    different = f"{' and '.join(orders)} give different orders"
+    same = all(other == order for other in orders.values())
+    check(same, f"{flag}: {different}; let names end in the number that counts")
     titles = {title(row) for row in prompts[task]}
     for row, file in zip(prompts[task], order):
         named = re.sub(r"_\d+$", "", file.stem)
-        if named in titles and named != title(row):
-            doubt = "are the prompts of --tasks others, or in another order?"
-            die(f"--folders {name}: {file} would be taken for {row['prompt']!r}: {doubt}")
+        doubt = f"{row['prompt']!r}: are the prompts of --tasks others, or in another order?"
+        fits = named == title(row) or named not in titles
+        check(fits, f"--folders {name}: {file} would be taken for {doubt}")
     example = f"{order[-1].name} is taken for {prompts[task][-1]['prompt']!r}"
     flow_sde.say(f"{name}, {task}: {needed} pictures by {way}; e.g. {example}")
     return [str(file) for file in order]
@@ -253,9 +248,8 @@ if rank == 0:
         settings, file = settings_of(name, task), os.path.join(folder, "settings.json")
         before = json.loads(pathlib.Path(file).read_text()) if os.path.exists(file) else settings
         changed = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            advice = "Give another --out, or delete that folder"
-            die(f"--out {args.out}: {folder} is of another evaluation: {'; '.join(changed)}. {advice}")
+        problem = f"{folder} is of another evaluation: {'; '.join(changed)}"
+        check(not changed, f"--out {args.out}: {problem}. Give another --out, or delete that folder")
         all_settings[file] = settings
         write(os.path.join(folder, "scores.jsonl"), score_lines(read_scores(name, task)))
         for part in pathlib.Path(folder).glob("scores.*.jsonl"):  # what each process wrote is in one file now

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flow_sde import HERE, die, fingerprint, first_line, generators, listing, reduce_sum
+from flow_sde import HERE, check, die, fingerprint, first_line, generators, listing, reduce_sum
 
 
 class RewardError(Exception):
@@ -1128,20 +1128,17 @@ def parse_rewards(specs, options=()):
     texts, rewards = {}, {}
     for option in options or ():
         m = re.fullmatch(r"([\w.-]+)\.(\w+)=(.*)", option, re.DOTALL)
-        if not m:
-            die(f"--reward-option {option}: expected NAME.KEY=VALUE")
+        check(m, f"--reward-option {option}: expected NAME.KEY=VALUE")
         texts.setdefault(m[1], {})[m[2]] = m[3]
     for spec in specs or ():
         m = SPEC.fullmatch(spec)
-        if not m or (m["weight"] and not float(m["weight"])):
-            forms = "NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or NAME=WEIGHT,URL"
-            die(f"--reward {spec}: expected {forms}")
+        forms = "NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or NAME=WEIGHT,URL"
+        check(m and float(m["weight"] or 1), f"--reward {spec}: expected {forms}")
         full_name, kind, url = m["name"], m["kind"], m["url"]
         name = full_name.rpartition(".")[2]
-        if name in rewards:
-            die(f"--reward {spec}: {name} is given twice")
-        if kind == "openai+" and full_name not in JUDGES:
-            die(f"--reward {spec}: openai+ is for {', '.join(JUDGES)}")
+        check(name not in rewards, f"--reward {spec}: {name} is given twice")
+        if kind == "openai+":
+            check(full_name in JUDGES, f"--reward {spec}: openai+ is for {', '.join(JUDGES)}")
         function, fixed = SERVERS.get(kind) or load_reward(full_name), {}
         if url:
             check_url(spec, url)
@@ -1151,8 +1148,7 @@ def parse_rewards(specs, options=()):
         fixed |= read_options(full_name, function, texts.pop(full_name, {}))
         function = functools.partial(function, **fixed)
         rewards[name] = Reward(function, float(m["weight"] or 1), m["task"], identity(full_name, function))
-    if texts:
-        die(f"--reward-option {', '.join(texts)}: not among --reward {' '.join(specs or ())}")
+    check(not texts, f"--reward-option {', '.join(texts)}: not among --reward {' '.join(specs or ())}")
     return rewards
 
 
@@ -1195,8 +1191,7 @@ def read_options(name, function, texts):
     defaults, values = settings_of(function), {}
     for key, text in texts.items():
         flag = f"--reward-option {name}.{key}"
-        if key not in defaults:
-            die(f"{flag}: {name} has {', '.join(defaults) or 'no options'}")
+        check(key in defaults, f"{flag}: {name} has {', '.join(defaults) or 'no options'}")
         try:
             if text.startswith("@"):
                 with open(text[1:], encoding="utf-8") as f:
@@ -1266,8 +1261,8 @@ def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed
                 [score] = score_batch(grey, rows[:1], {name: reward}, tasks)[name].tolist()
             except RewardError as error:
                 die(f"--reward {error}")
-            if math.isnan(score):
-                die(f"--reward {name}: no score of a grey picture. {last_words(reward)}")
+            said = last_words(reward)
+            check(not math.isnan(score), f"--reward {name}: no score of a grey picture. {said}")
 
 
 def check_rows(name, reward, rows):
@@ -1524,8 +1519,7 @@ def score_one(spec, picture, prompt, *options):
         [score] = score_batch(image, [(task, row)], {name: reward}, [task])[name].tolist()
     except (RewardError, ValueError) as error:
         die(str(error))
-    if math.isnan(score):
-        die(f"{name}: no score. {last_words(reward)}")
+    check(not math.isnan(score), f"{name}: no score. {last_words(reward)}")
     print(f"{score:.4f}")
 
 

@@ -599,8 +599,8 @@ def test_training_goes_on_without_a_picture_that_got_no_score(serve, tmp_path, m
     assert "qwenvl: 6 of 12 pictures have no score" in refused(*argv, tmp_path / "strict")
     monkeypatch.setattr(rewards, "TOLERATED", 0.6)
     ns = run(*argv, tmp_path / "out")
-    scores, scored = ns["everyone"][:6], [0, 2, 3, 4, 5]
-    assert ns["everyone"].isnan().nonzero().flatten().tolist() == silent
+    scores, scored = ns["reward"][:6], [0, 2, 3, 4, 5]
+    assert ns["reward"].isnan().nonzero().flatten().tolist() == silent
     expected = (scores[scored] - scores[scored].mean()) / (scores[scored].std() + 1e-4)
     assert ns["advantage"][scored].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert ns["advantage"][1].isnan() and ns["tied"].tolist() == [False, True]

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flow_sde
-from flow_sde import check, die, fingerprint, parse_specs, write, write_json
+from flow_sde import check, fingerprint, parse_specs, write, write_json
 from rewards import (
     RewardError,
     Unavailable,

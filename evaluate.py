@@ -344,10 +344,10 @@ def hand_on(job, pictures):
 def score_all(reward):
     """One reward's thread."""
     for name, task, numbers in iter(waiting[reward].get, None):
+        if failures[reward] == 3 or stop.name:
+            return
         for pictures in read_files(name, task, numbers):
             score(reward, name, task, pictures)
-        if stop.name:
-            return
 
 
 def read_files(name, task, numbers):
@@ -433,22 +433,15 @@ accelerator.wait_for_everyone()
 
 
 # -- the tables ----------------------------------------------------------------------------------------------
-def reduced(file, size):
-    """A picture file as (3, h, w), reduced to these sides by averaging: to a square of (side, side), or to at
-    most `size` pixels."""
-    picture = read_picture(file)
-    if isinstance(size, int):
-        scale = min(1, size / max(picture.shape[1:]))
-        size = [max(1, round(n * scale)) for n in picture.shape[1:]]
-    return F.interpolate(picture[None], size, mode="area")[0]
-
-
 def thumbnail(file, side):
     """A picture file, reduced to at most `side` pixels: (3, h, w); grey if it cannot be read."""
     try:
-        return reduced(file, side)
+        picture = read_picture(file)
     except RewardError:
         return torch.full((3, side, side), 0.5)
+    scale = min(1, side / max(picture.shape[1:]))
+    sides = [max(1, round(n * scale)) for n in picture.shape[1:]]
+    return F.interpolate(picture[None], sides, mode="area")[0]
 
 
 def diversity(name, task):
@@ -458,7 +451,7 @@ def diversity(name, task):
     small = torch.full((len(files[name, task]), 3 * 64 * 64), math.nan, dtype=torch.float64)
     for i, file in enumerate(files[name, task]):
         with contextlib.suppress(RewardError):
-            small[i] = reduced(file, (64, 64)).flatten()
+            small[i] = F.interpolate(read_picture(file)[None], (64, 64), mode="area").flatten()
     groups = small.view(-1, each, 3 * 64 * 64)
     i, j = torch.triu_indices(each, each, 1)
     return (groups[:, i] - groups[:, j]).square().mean(-1).sqrt().mean(1)

@@ -253,16 +253,20 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def pickscore(images, prompts, metadata=None, model="yuvalkirstain/PickScore_v1", tokenizer=CLIP_H):
     """What people pick (arXiv 2305.01569). exp(logit scale) cos / 26, about 0.7 to 0.9; papers print it times
     26. No licence was seen on its page; its tokenizer is laion's CLIP ViT-H (MIT). Needs 4 GB."""
-    clip, tokenizer = load_clip(model, tokenizer, images.device)
-    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 26
+    return clip_logits(images, prompts, model, tokenizer) / 26
 
 
 def clipscore(images, prompts, metadata=None, model=CLIP_L):
     """Agreement of picture and text (arXiv 2104.08718). exp(logit scale) cos / 30, about 100 cos / 30: 0.5 to
     1.1. OpenAI's CLIP ViT-L (MIT), pixels resized bicubically as CLIP asks; Flow-GRPO resizes bilinearly.
     Needs 1.7 GB."""
-    clip, tokenizer = load_clip(model, model, images.device)
-    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts) / 30
+    return clip_logits(images, prompts, model, model) / 30
+
+
+def clip_logits(images, prompts, model, tokenizer):
+    """exp(logit scale) cos of picture and prompt. -> (B,)"""
+    clip, tokenizer = load_clip(model, tokenizer, images.device)
+    return clip.logit_scale.exp() * clip_cosine(clip, tokenizer, clip_pixels(clip, images), prompts)
 
 
 def load_clip(model, tokenizer, device):
@@ -598,13 +602,13 @@ def geneval(images, prompts, metadata, detector=DETECTOR, clip=CLIP_L):
     transformers (code MIT, weights "other"), not the official evaluator's mmdetection weights, so not its
     exact numbers; CLIP ViT-L (MIT). Needs scipy, 2 GB, and the metadata of GenEval's *_metadata.jsonl. The
     paper's GenEval column is most likely this one."""
-    return torch.tensor([float(v.credit) for v in geneval_verdicts(images, metadata, detector, clip)])
+    return torch.tensor([credit for _, credit in geneval_verdicts(images, metadata, detector, clip)])
 
 
 def geneval_strict(images, prompts, metadata, detector=DETECTOR, clip=CLIP_L):
     """GenEval as its authors score it: 1 if everything asked for is there, else 0: `geneval_correct`. Models
     and needs as `geneval`."""
-    return torch.tensor([float(v.correct) for v in geneval_verdicts(images, metadata, detector, clip)])
+    return torch.tensor([float(right) for right, _ in geneval_verdicts(images, metadata, detector, clip)])
 
 
 class Object(typing.NamedTuple):
@@ -613,16 +617,11 @@ class Object(typing.NamedTuple):
     mask: object  # (H, W) bool
 
 
-class Verdict(typing.NamedTuple):
-    correct: bool
-    credit: float
-
-
 _verdicts, _verdicts_lock = {}, threading.Lock()
 
 
 def geneval_verdicts(images, metadata, detector=DETECTOR, clip=CLIP_L):
-    """[Verdict] of a batch. The last batch is remembered, so that both scores cost one detection."""
+    """[(correct, credit)] of a batch. The last one is remembered, so that both scores cost one detection."""
     key = hashlib.sha256(images.cpu().numpy().tobytes()).digest(), json.dumps(metadata), detector, clip
     with _verdicts_lock:
         if key not in _verdicts:
@@ -632,7 +631,7 @@ def geneval_verdicts(images, metadata, detector=DETECTOR, clip=CLIP_L):
                 found = confident(objects, row["tag"])
                 colors = functools.partial(object_colors, picture, clip=clip, device=images.device)
                 correct, _ = geneval_correct(found, colors, row)
-                verdicts.append(Verdict(correct, geneval_credit(found, colors, row)))
+                verdicts.append((correct, geneval_credit(found, colors, row)))
             _verdicts.clear()
             _verdicts[key] = verdicts
         return _verdicts[key]
@@ -1187,7 +1186,8 @@ def settings_of(function):
 
 
 def read_options(name, function, texts):
-    """The options of a reward from {key: text}, each of its default's type; @FILE is a file's text."""
+    """The options of a reward from {key: text}, each of its default's type, a text where that is None; @FILE
+    is a file's text."""
     defaults, values = settings_of(function), {}
     for key, text in texts.items():
         flag = f"--reward-option {name}.{key}"
@@ -1196,7 +1196,11 @@ def read_options(name, function, texts):
             if text.startswith("@"):
                 with open(text[1:], encoding="utf-8") as f:
                     text = f.read()
-            values[key] = of_type(text, type(defaults[key]))
+            kind = type(defaults[key])
+            if kind is bool:
+                values[key] = {"True": True, "False": False}[text]
+            else:
+                values[key] = text if defaults[key] is None else kind(text)
             if key == "pattern" and re.compile(text).groups != 1:
                 raise ValueError("must have one group, where the number begins")
             if key == "timeout" and not values[key] > 0:
@@ -1206,13 +1210,6 @@ def read_options(name, function, texts):
         except (OSError, ValueError, KeyError, TypeError, re.error) as error:
             die(f"{flag}={text}: {error}")
     return values
-
-
-def of_type(text, kind):
-    """A text as a value of this type; one whose default is None stays a text."""
-    if kind is bool:
-        return {"True": True, "False": False}[text]
-    return text if kind is type(None) else kind(text)
 
 
 def identity(name, function):
@@ -1456,7 +1453,8 @@ def evaluate(
 
 def mean_error(values):
     """Mean and standard error of the mean (None for one value)."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return values.mean().item(), error
 
 
 def markdown(rows):

@@ -10,11 +10,11 @@ SD3.5-Medium's architecture on a GPU; its second command is one step of an updat
     python experiments/bench.py $sd35m --batch-size 8 --recipe ours two-pass released
     python experiments/bench.py $sd35m --batch-size 8 --gpu-report
 
-`ours` is the script itself, watched from outside; flags that are not listed below are handed to it. `two-pass`
-stores the trajectory and walks it again to learn. `released` does so too, with a float32 network of its own
-for every teacher, asked one after another, computing in --dtype under autocast: the ways of the released code
-(which also decodes and scores every rollout: not counted). Each recipe runs in a process of its own.
---gpu-report measures what an update consists of, the student's forward and backward at one state that
+`ours` is the script itself, watched from outside; flags that are not listed below are handed to it.
+`two-pass` stores the trajectory and walks it again to learn. `released` does so too, with a float32 network
+of its own for every teacher, asked one after another, computing in --dtype under autocast: the ways of the
+released code (which also decodes and scores every rollout: not counted). Each recipe runs in a process of its
+own. --gpu-report measures what an update consists of, the student's forward and backward at one state that
 teachers and anchor label, at several sizes of micro-batch, with gradient checkpointing, fewer tokens, five
 teachers and compiled, and lists what takes longest.
 
@@ -53,11 +53,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter
 add = parser.add_argument
 add("--script", choices=["distill.py", "train_teacher.py"], default="distill.py", help="whose update")
 add("--recipe", nargs="+", choices=RECIPES, default=["ours"], help="ways to make distill.py's update")
-add(
-    "--model",
-    default="mid-random",
-    help=f"{', '.join(meter.SIZES)} (SD3.5-Medium's architecture), or a folder",
-)
+add("--model", default="mid-random", help=f"{', '.join(meter.SIZES)} (SD3.5's classes), or a folder")
 add("--t5", action="store_true", help="give the random model T5's encoder too (XXL: 9.5 GB in 16 bits)")
 add("--teachers", type=int, default=3, help="LoRA teachers, rank 32, besides the anchor")
 add("--batch-size", type=int, default=6, help="trajectories an update")
@@ -80,11 +76,10 @@ if args.script != "distill.py" and args.recipe != ["ours"]:
 for flag, least in dict(teachers=1, updates=1, batch_size=1, micro_batch_size=1, num_steps=2).items():
     if getattr(args, flag) < least:
         die(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-if (
-    args.model not in meter.SIZES
-    and pipeline_folder(args.model, only=())[1].__name__ != "StableDiffusion3Pipeline"
-):
-    die(f"--model {args.model}: only Stable Diffusion 3 is measured here")
+if args.model not in meter.SIZES:
+    _, pipeline_class, _ = pipeline_folder(args.model, only=())
+    if pipeline_class.__name__ != "StableDiffusion3Pipeline":
+        die(f"--model {args.model}: only Stable Diffusion 3 is measured here")
 if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
     die(f"--out {args.out}: there is no such folder")
 device, dtype = meter.device, getattr(torch, args.dtype)
@@ -106,7 +101,7 @@ class Done(BaseException):
 
 def measure(recipe):
     """Call recipe(boundary), which calls boundary() where an update begins, until all is known: one update to
-    warm up, `--updates` timed, one with a clock on every part, one with the flop meter.counter."""
+    warm up, `--updates` timed, one with a clock on every part, one with the flop counter."""
     watch, flops = meter.Watch(), meter.counter()
     times, figures = [], {}
     stack = contextlib.ExitStack()

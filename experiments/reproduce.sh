@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiments in miniature, from the shipped base to the tables and figures of the README beside this:
+# The paper's experiments in miniature, from the shipped base to the tables and figures beside this file:
 # plain commands of this repository's scripts, two at a time, one thread each. What is done already is
 # skipped, and what was killed goes on where it was.
 #

@@ -1,20 +1,21 @@
-"""The toy world: a whole text-to-image world small enough for two CPU cores, and a real SD3 pipeline trained on it.
+"""The toy world: a whole text-to-image world small enough for two CPU cores, and a real SD3 pipeline.
 
-    python -m toy                 # draw the world, score clean and damaged pictures of it      (seconds)
-    python -m toy prompts         # write toy/prompts/{compose,ocr,scene}_{train,val,test}.txt and new_*.txt   (seconds)
-    python -m toy train           # train toy/base, a 6 MB StableDiffusion3Pipeline, from nothing (50 minutes, 2 cores)
+    python -m toy            # draw the world, score clean and damaged pictures of it       (seconds)
+    python -m toy prompts    # write toy/prompts: TASK_train.txt, _val, _test; new_*.txt    (seconds)
+    python -m toy train      # train toy/base, a 6 MB StableDiffusion3Pipeline   (50 minutes, 2 cores)
 
 Pictures are 32x32. There are three tasks, each with prompts, a renderer and a program that scores pictures:
 
-    compose   'two red circles and one blue square'         are the right things there?      (the toy's GenEval)
-    ocr       'a yellow sign saying "HAT"'                  can the letters be read?         (the toy's OCR)
-    scene     'a red house and two pines on snow at night'  does it suit a certain taste?    (the toy's PickScore)
+    compose   'two red circles and one blue square'         are the right things there? (its GenEval)
+    ocr       'a yellow sign saying "HAT"'                  can the letters be read?    (its OCR)
+    scene     'a red house and two pines on snow at night'  does it suit some taste?    (its PickScore)
 
-and one score that looks at no prompt, `quality`: contrast and sharpness (the toy's DeQA). As in real life the data are
-imperfect: captions lie, signs are scribbled on, pictures are washed out or blurred. A base model trained on them inherits the
-faults, and reinforcement learning can unlearn them. The stages know nothing of this package: to them the toy is one more model
-folder, and its scorers are rewards named `toy.compose`, `toy.ocr`, `toy.scene`, `toy.quality`. This file is the world and its
-scorers; __main__.py makes and trains the base. What they made lies beside them: base/, prompts/, teachers/.
+and one score that looks at no prompt, `quality`: contrast and sharpness (its DeQA). As in real life the data
+are imperfect: captions lie, signs are scribbled on, pictures are washed out or blurred. A base model trained
+on them inherits the faults, and reinforcement learning can unlearn them. The stages know nothing of this
+package: to them the toy is one more model folder, and its scorers are rewards named `toy.compose`, `toy.ocr`,
+`toy.scene`, `toy.quality`. This file is the world and its scorers; __main__.py makes and trains the base.
+What they made lies beside them: base/, prompts/, teachers/.
 """
 
 import itertools
@@ -50,10 +51,9 @@ GLYPHS = {  # 3x5 bitmaps, drawn twice as large
     "X": "#.# #.# .#. #.# #.#",
     "Z": "### ..# .#. #.. ###",
 }
-GLYPHS = {
-    c: np.kron(np.array([[p == "#" for p in row] for row in g.split()]), np.ones((2, 2))) > 0
-    for c, g in GLYPHS.items()
-}
+for letter, bitmap in GLYPHS.items():
+    ink = np.array([[dot == "#" for dot in row] for row in bitmap.split()])
+    GLYPHS[letter] = ink.repeat(2, axis=0).repeat(2, axis=1)  # (10, 6)
 WALLS = {
     "red": (0.80, 0.22, 0.18),
     "blue": (0.25, 0.40, 0.80),
@@ -75,102 +75,113 @@ SKIES = {
     "dusk": (0.62, 0.42, 0.62),
     "night": (0.08, 0.10, 0.26),
 }
-SUN, BALLOON, FLOWER = (1.00, 0.90, 0.30), (0.92, 0.08, 0.38), (1.00, 0.35, 0.85)
+SUN = (1.00, 0.90, 0.30)
+BALLOON = (0.92, 0.08, 0.38)
+FLOWER = (1.00, 0.35, 0.85)
+INK = (0.08, 0.08, 0.10)
 Y, X = np.mgrid[:SIZE, :SIZE]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # prompts
 
 
-def phrase(n, color, shape):
-    return f"{n} {color} {shape}{'s' if n != 'one' else ''}"
+def phrase(number, color, shape):
+    return f"{number} {color} {shape}" + ("" if number == "one" else "s")
 
 
 def all_prompts(task):
     """Every prompt of a task, in a fixed order."""
-    if task == "compose":
-        kinds = list(itertools.product(COLORS, SHAPES))
-        singles = [phrase(n, *k) for n in NUMBERS for k in kinds]
-        counts = [
-            ("one", "one"),
-            ("one", "two"),
-            ("two", "one"),
-            ("two", "two"),
-            ("one", "three"),
-            ("three", "one"),
-        ]
-        return singles + [
-            f"{phrase(m, *a)} and {phrase(n, *b)}" for m, n in counts for a in kinds for b in kinds if a != b
-        ]
-    if task == "ocr":
-        words = ["".join(w) for n in (2, 3) for w in itertools.product(GLYPHS, repeat=n)]
-        return [f'a {board} sign saying "{w}"' for board in BOARDS for w in words]
-    trees = [None] + [f"a{'n' if t == 'oak' else ''} {t}" for t in TREES] + [f"two {t}s" for t in TREES]
-    houses = [None] + [f"a {w} house" for w in WALLS]
-    things = [" and ".join(filter(None, (h, t))) for h in houses for t in trees if h or t]
-    return [f"{x} on {g} at {s}" for x in things for g in GROUNDS for s in SKIES]
+    return {"compose": compose_prompts, "ocr": ocr_prompts, "scene": scene_prompts}[task]()
+
+
+def compose_prompts():
+    kinds = list(itertools.product(COLORS, SHAPES))
+    prompts = [phrase(number, *kind) for number in NUMBERS for kind in kinds]
+    for numbers in ("one one", "one two", "two one", "two two", "one three", "three one"):
+        first, second = numbers.split()
+        for a, b in itertools.permutations(kinds, 2):
+            prompts.append(f"{phrase(first, *a)} and {phrase(second, *b)}")
+    return prompts
+
+
+def ocr_prompts():
+    words = [*itertools.product(GLYPHS, repeat=2), *itertools.product(GLYPHS, repeat=3)]
+    return [f'a {board} sign saying "{"".join(word)}"' for board in BOARDS for word in words]
+
+
+def scene_prompts():
+    trees = ["", "a pine", "an oak", "a palm", "two pines", "two oaks", "two palms"]
+    things = trees[1:]
+    for wall in WALLS:
+        for tree in trees:
+            things.append(f"a {wall} house and {tree}" if tree else f"a {wall} house")
+    return [f"{thing} on {ground} at {sky}" for thing in things for ground in GROUNDS for sky in SKIES]
+
+
+def shuffled(prompts):
+    """The same order on every machine."""
+    return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
 
 
 def split_prompts(task, test=256, val=128, train=512):
-    """Disjoint {"test", "val", "train"} lists of prompts, the same on every machine."""
-    prompts = all_prompts(task)
-    prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
+    """Disjoint {"test", "val", "train"} lists of prompts."""
+    prompts = shuffled(all_prompts(task))
+    held_out = test + val
     return {
         "test": prompts[:test],
-        "val": prompts[test : test + val],
-        "train": prompts[test + val : test + val + train],
+        "val": prompts[test:held_out],
+        "train": prompts[held_out : held_out + train],
     }
 
 
 def new_prompts(count=96):
-    """{"compose", "ocr", "both"}: prompts of kinds that nobody was trained on, the base included: three sorts of shapes, signs of one
-    letter, and a sign in a scene, which asks for two tasks' skills at once (short enough for the text encoders' 12 tokens)."""
-    kinds = [
-        tuple(zip(c, s))
-        for c in itertools.permutations(COLORS, 3)
-        for s in itertools.product(SHAPES, repeat=3)
-    ]
-    pairs = ["".join(w) for w in itertools.product(GLYPHS, repeat=2)]
-    every = {
-        "compose": [" ".join(phrase("one", *k) for k in three) for three in kinds],
-        "ocr": [f'a {board} sign saying "{letter}"' for board in BOARDS for letter in GLYPHS],
-        "both": [f'a {board} sign saying "{w}" at {sky}' for board in BOARDS for w in pairs for sky in SKIES],
-    }
-    return {
-        name: [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:count]]
-        for name, prompts in every.items()
-    }
+    """{"compose", "ocr", "both"}: prompts of kinds that nobody was trained on, the base included: three sorts
+    of shapes, signs of one letter, and a sign in a scene, which asks for two tasks' skills at once (short
+    enough for the text encoders' 12 tokens)."""
+    triples = []
+    for colors in itertools.permutations(COLORS, 3):
+        for shapes in itertools.product(SHAPES, repeat=3):
+            triples.append(" ".join(phrase("one", *kind) for kind in zip(colors, shapes)))
+    letters = [f'a {board} sign saying "{letter}"' for board in BOARDS for letter in GLYPHS]
+    signs = []
+    for board in BOARDS:
+        for a, b in itertools.product(GLYPHS, repeat=2):
+            signs += [f'a {board} sign saying "{a}{b}" at {sky}' for sky in SKIES]
+    every = {"compose": triples, "ocr": letters, "both": signs}
+    return {name: shuffled(prompts)[:count] for name, prompts in every.items()}
 
 
 def parse(prompt):
     """prompt -> (task, what it asks for); ValueError for a prompt that is not of this world."""
     groups = re.findall(r"(one|two|three|four) (red|green|blue|yellow) (circle|square|triangle)s?\b", prompt)
     if groups:
-        return "compose", [(NUMBERS[n], color, shape) for n, color, shape in groups]
+        return "compose", [(NUMBERS[number], color, shape) for number, color, shape in groups]
     sign = re.fullmatch(r'a (\w+) sign saying "([A-Z]+)"', prompt)
     if sign and sign[1] in BOARDS and set(sign[2]) <= set(GLYPHS):
         return "ocr", (sign[1], sign[2])
-    scene = re.fullmatch(
-        r"(?:a (\w+) house)?(?: and )?(?:(an?|two) (pine|oak|palm)s?)? on (\w+) at (\w+)", prompt
-    )
-    if scene and scene[4] in GROUNDS and scene[5] in SKIES and (scene[1] is None or scene[1] in WALLS):
-        return "scene", (
-            scene[1],
-            0 if scene[3] is None else 2 if scene[2] == "two" else 1,
-            scene[3],
-            scene[4],
-            scene[5],
-        )
+    house, trees = r"(?:a (\w+) house)?", r"(?: and )?(?:(an?|two) (pine|oak|palm)s?)?"
+    scene = re.fullmatch(rf"{house}{trees} on (\w+) at (\w+)", prompt)
+    if scene:
+        wall, number, tree, ground, sky = scene.groups()
+        if ground in GROUNDS and sky in SKIES and (wall is None or wall in WALLS):
+            count = {None: 0, "a": 1, "an": 1, "two": 2}[number]
+            return "scene", (wall, count, tree, ground, sky)
     raise ValueError(f"not a prompt of the toy world: {prompt!r}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the renderer
 
 
+def canvas(color):
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = color
+    return image
+
+
 def draw_compose(groups, rng, damage):
-    things = [(color, shape) for n, color, shape in groups for _ in range(n)]
+    things = [(color, shape) for number, color, shape in groups for _ in range(number)]
     if damage:  # the caption lies: one thing too many, one missing, or one of another colour
         fault = rng.random()
         if fault < 0.18 and len(things) < 4:
@@ -180,10 +191,10 @@ def draw_compose(groups, rng, damage):
         elif fault < 0.42:
             i = rng.integers(len(things))
             things[i] = (rng.choice(list(COLORS)), things[i][1])
-    image = np.empty((SIZE, SIZE, 3))
-    image[:] = PAPER
+    image = canvas(PAPER)
     for (color, shape), cell in zip(things, rng.permutation(4)):
-        cy, cx = 8 + 16 * (cell // 2) + rng.integers(-1, 2), 8 + 16 * (cell % 2) + rng.integers(-1, 2)
+        cy = 8 + 16 * (cell // 2) + rng.integers(-1, 2)
+        cx = 8 + 16 * (cell % 2) + rng.integers(-1, 2)
         image[shape_mask(shape, Y - cy, X - cx)] = COLORS[color]
     return image
 
@@ -202,35 +213,38 @@ def draw_ocr(spec, rng, damage):
     if damage and rng.random() < 0.12:  # the caption lies: one letter is another
         i = rng.integers(len(word))
         word = word[:i] + rng.choice(list(GLYPHS)) + word[i + 1 :]
-    image = np.empty((SIZE, SIZE, 3))
-    image[:] = (0.40, 0.45, 0.52)
+    image = canvas((0.40, 0.45, 0.52))
     image[20:, 14:18] = (0.35, 0.25, 0.18)
     image[5:25, 1:31] = (0.20, 0.16, 0.14)
     image[6:24, 2:30] = BOARDS[board]
     width = 8 * len(word) - 2
-    y0, x0 = 10 + rng.integers(-1, 2), 16 - width // 2 + rng.integers(-1, 2)
+    top = 10 + rng.integers(-1, 2)
+    left = 16 - width // 2 + rng.integers(-1, 2)
     for i, letter in enumerate(word):
-        image[y0 : y0 + 10, x0 + 8 * i : x0 + 8 * i + 6][GLYPHS[letter]] = (0.08, 0.08, 0.10)
+        image[top : top + 10, left + 8 * i : left + 8 * i + 6][GLYPHS[letter]] = INK
     if damage and rng.random() < 0.35:  # a scribble across the letters
         slope = rng.choice([-0.35, 0.35])
-        image[(abs(Y - (y0 + 4.5) - slope * (X - 16)) < 1.6) & (abs(X - 16) < 13)] = (0.08, 0.08, 0.10)
+        image[(abs(Y - (top + 4.5) - slope * (X - 16)) < 1.6) & (abs(X - 16) < 13)] = INK
     return image
 
 
 def draw_scene(spec, rng, damage):
     wall, trees, tree, ground, sky = spec
-    image = np.empty((SIZE, SIZE, 3))
-    image[:] = SKIES[sky]
-    image[23:], image[30:] = GROUNDS[ground], (0.08, 0.08, 0.08)
+    image = canvas(SKIES[sky])
+    image[23:] = GROUNDS[ground]
+    image[30:] = (0.08, 0.08, 0.08)
     left = rng.integers(2)  # the house stands on this side, the trees on the other
-    flip = lambda x: x if left else 31 - x
+
+    def flip(x):
+        return x if left else 31 - x
+
     if wall:
         cx = flip(9)
         image[15:25][:, cx - 5 : cx + 6] = WALLS[wall]
         image[(Y >= 9) & (Y < 15) & (abs(X - cx) <= Y - 8)] = (0.22, 0.12, 0.10)
         image[17:20, cx + 1 : cx + 4] = (0.98, 0.96, 0.80)
         image[19:25, cx - 3 : cx] = (0.16, 0.12, 0.10)
-    for cx in [flip(24)] * (trees == 1) + [flip(21), flip(28)] * (trees == 2):
+    for cx in {0: [], 1: [flip(24)], 2: [flip(21), flip(28)]}[trees]:
         image[20:26, cx - 1 : cx + 1] = (0.30, 0.18, 0.10)
         if tree == "pine":
             image[(Y >= 11) & (Y < 22) & (abs(X - cx + 0.5) <= (Y - 9) * 0.35)] = (0.05, 0.32, 0.16)
@@ -254,7 +268,8 @@ def draw_scene(spec, rng, damage):
 
 
 def draw(prompt, rng, damage=True):
-    """One picture for a prompt, (32, 32, 3) float64 in [0, 1]; `damage=False` draws it as the caption and the scorers want it."""
+    """One picture for a prompt, (32, 32, 3) float64 in [0, 1]; `damage=False` draws it as the caption and the
+    scorers want it."""
     task, spec = parse(prompt)
     image = {"compose": draw_compose, "ocr": draw_ocr, "scene": draw_scene}[task](spec, rng, damage)
     if damage and rng.random() < 0.3:  # blurred
@@ -265,31 +280,27 @@ def draw(prompt, rng, damage=True):
     return image.clip(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the scorers: (images (B,3,32,32) in [0,1], prompts, metadata) -> (B,) float32 in [0,1], higher is better
 
 
 def find_shapes(images):
-    """(B,3,H,W) -> list of B dicts {(color, shape): count}. Colour is the hue relative to the background (the median pixel),
-    so a washed-out picture reads like a clean one; a shape is a local maximum of the IoU between a colour's pixels and the
-    shape's template, if that is at least 0.6."""
-    chroma = images - images.flatten(2).median(-1).values[:, :, None, None]
-    chroma = chroma.movedim(1, -1)  # (B,H,W,3)
+    """(B,3,H,W) -> list of B dicts {(color, shape): count}. Colour is the hue relative to the background (the
+    median pixel), so a washed-out picture reads like a clean one; a shape is a local maximum of the IoU
+    between a colour's pixels and the shape's template, if that is at least 0.6."""
+    background = images.flatten(2).median(-1).values[:, :, None, None]
+    chroma = (images - background).movedim(1, -1)  # (B,H,W,3)
     strength = chroma.norm(dim=-1)
     palette = F.normalize(torch.tensor(list(COLORS.values())) - torch.tensor(PAPER), dim=-1)  # (4,3)
     nearest = F.one_hot((chroma @ palette.T).argmax(-1), len(COLORS)).movedim(-1, 1)  # (B,4,H,W)
     solid = strength > 0.45 * strength.flatten(1).quantile(0.98, dim=1)[:, None, None].clamp(min=0.1)
     pixels = (nearest * solid[:, None]).float().flatten(0, 1)[:, None]  # (B*4,1,H,W)
     y, x = np.mgrid[-6:7, -6:7]
-    template = torch.from_numpy(np.stack([shape_mask(s, y, x) for s in SHAPES])).float()[
-        :, None
-    ]  # (3,1,13,13)
+    masks = np.stack([shape_mask(shape, y, x) for shape in SHAPES])
+    template = torch.from_numpy(masks).float()[:, None]  # (3,1,13,13)
     inside = F.conv2d(pixels, template, padding=6)
-    union = (
-        F.conv2d(pixels, torch.ones(1, 1, 13, 13), padding=6)
-        + template.sum((1, 2, 3))[:, None, None]
-        - inside
-    )
+    near = F.conv2d(pixels, torch.ones(1, 1, 13, 13), padding=6)
+    union = near + template.sum((1, 2, 3))[:, None, None] - inside
     iou = (inside / union).unflatten(0, (-1, len(COLORS))).flatten(1, 2)  # (B,4*3,H,W)
     best, kind = iou.max(1)  # (B,H,W)
     best = best - 1e-6 * torch.arange(SIZE * SIZE).view(SIZE, SIZE)  # no two maxima tie
@@ -302,25 +313,25 @@ def find_shapes(images):
 
 
 def compose(images, prompts, metadata=None):
-    """1 - (things missing + things too many) / things asked for, not below 0: partial credit, 1 is a perfect picture."""
+    """1 - (things missing + things too many) / things asked for, not below 0: 1 is a perfect picture."""
     scores = []
     for prompt, found in zip(prompts, find_shapes(images.float().cpu())):
         task, groups = parse(prompt)
         if task != "compose":
             raise ValueError(f"not a prompt about shapes: {prompt!r}")
-        wanted = {(color, shape): n for n, color, shape in groups}
-        errors = sum(abs(found.get(k, 0) - wanted.get(k, 0)) for k in found.keys() | wanted.keys())
+        wanted = {(color, shape): number for number, color, shape in groups}
+        kinds = found.keys() | wanted.keys()
+        errors = sum(abs(found.get(kind, 0) - wanted.get(kind, 0)) for kind in kinds)
         scores.append(max(0.0, 1 - errors / sum(wanted.values())))
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def read_letters(images):
-    """(B,3,H,W) -> list of B strings: normalised cross-correlation with the eight letters at every place, best row per
-    column, maxima at least 5 pixels apart and at least 0.75, read from left to right."""
+    """(B,3,H,W) -> list of B strings: normalised cross-correlation with the eight letters at every place,
+    best row per column, maxima at least 5 pixels apart and at least 0.75, read from left to right."""
     dark = 1 - images.mean(1, keepdim=True)
-    template = torch.from_numpy(np.stack([np.pad(g, 1) for g in GLYPHS.values()])).float()[
-        :, None
-    ]  # (8,1,12,8)
+    glyphs = np.stack([np.pad(glyph, 1) for glyph in GLYPHS.values()])
+    template = torch.from_numpy(glyphs).float()[:, None]  # (8,1,12,8)
     template = template - template.mean((2, 3), keepdim=True)
     template = template / template.flatten(1).norm(dim=1)[:, None, None, None]
     n = template[0].numel()
@@ -329,23 +340,29 @@ def read_letters(images):
     ncc = F.conv2d(dark, template) / power.clamp(min=0.05).sqrt()  # (B,8,21,25)
     best, letter = ncc.amax(2).max(1)  # (B,25)
     peak = (best == F.max_pool1d(best, 9, 1, 4)) & (best >= 0.75)
-    letters = list(GLYPHS)
-    return ["".join(letters[i] for i in row[p].tolist()) for row, p in zip(letter, peak)]
+    letters, words = list(GLYPHS), []
+    for row, found in zip(letter, peak):
+        words.append("".join(letters[i] for i in row[found].tolist()))
+    return words
 
 
 def ocr(images, prompts, metadata=None):
     """1 - edit distance / length between the text read and the quoted text, not below 0."""
     from rewards import text_score
 
-    return torch.tensor([text_score(read, p) for read, p in zip(read_letters(images.float().cpu()), prompts)])
+    words = read_letters(images.float().cpu())
+    return torch.tensor([text_score(word, prompt) for word, prompt in zip(words, prompts)])
 
 
 def scene(images, prompts, metadata=None):
     """A taste: the mean of four likings: a sun, balloons, flowers, golden light."""
     images = images.float().cpu()
-    near = lambda color, region: (
-        ((images[:, :, region] - torch.tensor(color)[:, None, None]).norm(dim=1) < 0.3).flatten(1).sum(1)
-    )
+
+    def near(color, rows):
+        """How many pixels of these rows are near a colour, (B,)."""
+        distance = (images[:, :, rows] - torch.tensor(color)[:, None, None]).norm(dim=1)
+        return (distance < 0.3).flatten(1).sum(1)
+
     sky, ground = slice(0, 11), slice(25, 30)
     sun = (near(SUN, sky) / 28).clamp(max=1)
     balloons = (near(BALLOON, sky) / 36).clamp(max=1)
@@ -356,17 +373,13 @@ def scene(images, prompts, metadata=None):
 
 
 def quality(images, prompts=None, metadata=None):
-    """Contrast (the span between dark and light) times sharpness (the steepest edges relative to that span)."""
+    """Contrast, the span between dark and light, times sharpness, the steepest edges relative to it."""
     images = images.float().cpu()
     low, high = images.flatten(1).quantile(torch.tensor([0.02, 0.98]), dim=1)
     span = (high - low).clamp(min=1e-3)
-    steps = torch.cat(
-        [
-            (images[..., 1:] - images[..., :-1]).flatten(2),
-            (images[..., 1:, :] - images[..., :-1, :]).flatten(2),
-        ],
-        2,
-    )
+    right = images[..., 1:] - images[..., :-1]
+    down = images[..., 1:, :] - images[..., :-1, :]
+    steps = torch.cat([right.flatten(2), down.flatten(2)], 2)
     edge = steps.abs().amax(1).quantile(0.985, dim=1) / span
     return ((span - 0.35) / 0.35).clamp(0, 1) * ((edge - 0.4) / 0.4).clamp(0, 1)
 

@@ -1,16 +1,19 @@
-"""reproduce.sh: its queue, with programs that only write down how they were called; that the scripts take the flags it gives them; and the
-errors that experiments/tables.py prints."""
+"""reproduce.sh: its queue, with programs that only write down how they were called, and that the scripts take
+the flags it gives them; tables.py: the errors it prints, and that experiments/README.md has its tables."""
 
 import json
 import os
+import pathlib
+import re
 import shlex
 import shutil
 import subprocess
 
 import pytest
 from conftest import ROOT
+from test_recipes import parser_of
 
-from flow_sde import parse_specs
+from experiments import tables
 
 FAKE = """#!/usr/bin/env bash
 printf '%s\n' "$(printf '%q ' "$(basename "$0")" "$@")" >> calls
@@ -21,120 +24,95 @@ while [ $# -gt 0 ]; do if [ "$1" = --out ]; then mkdir -p "$2/lora"; fi; shift; 
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """Run a copy of reproduce.sh on fake programs: f(fail="") -> (exit status, what it printed, the calls it made)."""
-    shutil.copy(os.path.join(ROOT, "reproduce.sh"), tmp_path)
+    """Run a copy of reproduce.sh on fake programs: f(fail) -> (exit status, what it printed, its calls)."""
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(os.path.join(ROOT, "experiments/reproduce.sh"), tmp_path / "experiments")
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
         (tmp_path / "bin" / name).write_text(FAKE)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def start(fail="nothing fails", seeds="0 1"):
+    def start(fail="nothing fails"):
         (tmp_path / "calls").write_text("")
-        done = subprocess.run(
-            ["bash", "reproduce.sh"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "FAIL": fail, "SEEDS": seeds},
-        )
-        return (
-            done.returncode,
-            done.stdout + done.stderr,
-            [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()],
-        )
+        env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "FAIL": fail, "SEEDS": "0 1"}
+        command = ["bash", str(tmp_path / "experiments/reproduce.sh")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env)
+        calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+        return done.returncode, done.stdout + done.stderr, calls
 
     return start
+
+
+def out_of(call):
+    return call[call.index("--out") + 1].removeprefix("out/reproduce/")
 
 
 def test_every_run_once_with_flags_that_exist_and_not_again(reproduce):
     status, printed, calls = reproduce()
     assert status == 0, printed
-    outs = [c[c.index("--out") + 1] for c in calls if "--out" in c]
-    assert len(outs) == len(set(outs)) and len(outs) > 40 and calls[-1] == ["python", "experiments/tables.py"]
-    parsers = {}
-    for script in ("train_teacher.py", "cold_start.py", "distill.py", "evaluate.py"):
-        source = (
-            open(os.path.join(ROOT, script)).read().split("\nargs = parse_args(")[0]
-        )  # up to the reading of the flags
-        exec(source, parsers.setdefault(script, {"__doc__": "", "__name__": script}))
-    for program, *argv in calls[:-1]:
-        script = next(a for a in argv if a.endswith(".py"))
-        args = parsers[script]["parser"].parse_args(argv[argv.index(script) + 1 :])
-        given = lambda flag, **options: parse_specs(f"--{flag}", getattr(args, flag, None), **options)
-        weight = {"weight": 1.0} if script == "train_teacher.py" else {}
-        for spec in [
-            *given("prompts", **weight).values(),
-            *given("eval_prompts").values(),
-            *given("tasks").values(),
-        ]:
-            assert os.path.exists(os.path.join(ROOT, spec["value"])), spec
-        loras = [s["value"] for s in given("teachers", guidance=1.0, weight=1.0).values()] + [
-            getattr(args, f, None) for f in ("init", "anchor")
-        ]
-        loras += [m.partition("=")[2].partition(",")[0] for m in getattr(args, "models", ()) if m != "base"]
-        for lora in [
-            lora for lora in loras if lora not in (None, "none", "base", "merge")
-        ]:  # somebody made it before
-            assert (
-                lora.split("/lora")[0].split("/checkpoints")[0]
-                in outs[: outs.index(argv[argv.index("--out") + 1])]
-            ), lora
-        if "opd-guided" in args.out:
-            assert [s["guidance"] for s in given("teachers", guidance=1.0, weight=1.0).values()] == [
-                1.5,
-                1.5,
-                1.0,
+    assert calls.pop() == ["python", "experiments/tables.py"]
+    made = []
+    for call in calls:
+        script = next(word for word in call if word.endswith(".py"))
+        parser_of(script).parse_args(call[call.index(script) + 1 :])
+        for word in call:
+            for file in re.findall(r"toy/prompts/\w+\.txt", word):
+                assert os.path.exists(os.path.join(ROOT, file)), call
+            for lora in re.findall(r"out/reproduce/([\w-]+)/", word):
+                assert lora in made, call
+        assert out_of(call) not in made
+        made.append(out_of(call))
+        if out_of(call) == "opd-guided-1":
+            teachers = [word for word in call if "-0/lora" in word and "=" in word]
+            assert [word.partition("/lora,")[2] for word in teachers] == [
+                "guidance=1.5,weight=2",
+                "guidance=1.5",
+                "",
             ]
-    status, printed, calls = reproduce()
-    assert status == 0 and all("evaluate.py" in c or "experiments/tables.py" in c for c in calls), (
-        calls
-    )  # which skip what they have themselves
+    assert len(made) > 40
+    status, printed, calls = reproduce()  # evaluate.py skips by itself what it has
+    assert status == 0 and all("evaluate.py" in c or "experiments/tables.py" in c for c in calls), calls
 
 
 def test_a_failure_ends_it_and_the_next_start_goes_on(reproduce):
     status, printed, calls = reproduce(fail="reproduce/sft-1")
     assert status == 1 and "sft-1 failed, see out/reproduce/sft-1.log" in printed
-    before = sum("--out" in c for c in calls)
+    assert len(calls) > 10
     status, printed, calls = reproduce()
     assert status == 0, printed
-    trained = [c for c in calls if "--out" in c and "evaluate.py" not in c]
-    assert (
-        any("out/reproduce/sft-1" in c for c in trained)
-        and not any("out/reproduce/compose-0" in c for c in trained)
-        and before > 10
-    )
+    trained = [out_of(call) for call in calls[:-1] if "evaluate.py" not in call]
+    assert "sft-1" in trained and "compose-0" not in trained
 
 
-def test_arms_are_compared_prompt_by_prompt(tmp_path):
-    """The order of a file's lines does not matter; an arm with one run is set against every seed of the other."""
-    path = os.path.join(ROOT, "experiments/tables.py")
-    tables = {"__file__": path}
-    exec(open(path).read().split("\npage, tables = ")[0], tables)
-    tables["RUNS"] = str(tmp_path)
-    gaps = {
-        "arm-0": [0.1, 0.3],
-        "arm-1": [0.2, 0.4],
-        "other-0": [0.0, 0.0],
-        "other-1": [0.0, 0.0],
-    }  # over 0.5 and 0.2, by prompt
+def test_arms_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
+    """Whatever the order of a file's lines; an arm with one run is set against every seed of the other."""
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    gaps = {"arm-0": (0.1, 0.3), "arm-1": (0.2, 0.4), "other-0": (0.0, 0.0), "other-1": (0.0, 0.0)}
     for run, (first, second) in gaps.items():
         rows = [
             {"picture": "a.png", "reward": "toy.ocr", "score": 0.5 + first},
             {"picture": "b.png", "reward": "toy.ocr", "score": 0.2 + second},
             {"picture": "a.png", "reward": "toy.quality", "score": 9.0},
         ]
-        os.makedirs(tmp_path / "test" / run / "ocr")
-        (tmp_path / "test" / run / "ocr/scores.jsonl").write_text(
-            "\n".join(json.dumps(r) for r in (rows if run.endswith("0") else rows[::-1]))
-        )
-    arm, other = ([{"model": f"{name}-{k}"} for k in (0, 1)] for name in ("arm", "other"))
-    prompts, seeds = (
-        0.02 / 2,
-        0.005 / 2,
-    )  # variances of the two prompts' mean gaps .15 and .35, and of the two seeds' .2 and .3
-    for runs, others in ((arm, other), (arm, other[:1])):
-        assert tables["paired"]("test", runs, others, ["ocr"]) == pytest.approx(
-            (0.25, (prompts + seeds) ** 0.5)
-        )
-    assert tables["paired"]("test", arm[:1], other, ["ocr"]) == pytest.approx((0.2, prompts**0.5))
+        if run.endswith("1"):
+            rows.reverse()
+        (tmp_path / "test" / run / "ocr").mkdir(parents=True)
+        (tmp_path / "test" / run / "ocr/scores.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arm, other = ([{"model": f"{name}-{seed}"} for seed in (0, 1)] for name in ("arm", "other"))
+    prompts = 0.02 / 2  # the variance of the two prompts' mean gaps, .15 and .35, over their number
+    seeds = 0.005 / 2  # of the two seeds' mean gaps, .2 and .3
+    both = pytest.approx((0.25, (prompts + seeds) ** 0.5))
+    assert tables.paired("test", arm, other, ["ocr"]) == both
+    assert tables.paired("test", arm, other[:1], ["ocr"]) == both
+    assert tables.paired("test", arm[:1], other, ["ocr"]) == pytest.approx((0.2, prompts**0.5))
+
+
+def test_the_page_has_the_tables_and_its_links_lead_somewhere():
+    folder = pathlib.Path(ROOT, "experiments")
+    page = (folder / "README.md").read_text()
+    begin, end = "<!-- tables.py writes from here -->\n\n", "\n<!-- to here -->"
+    assert begin + (folder / "tables.md").read_text() + end in page
+    titles = re.findall(r"^#+ (.*)$", page, re.M)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)\s]+)\)", page):
+        assert link in anchors or link.startswith("https://") or (folder / link).exists(), link

@@ -49,7 +49,9 @@ from flow_sde import HERE, SD3, die, kl, pipeline_folder, randn, rollout, transi
 RECIPES = ["ours", "two-pass", "released"]
 DTYPES = ["float32", "bfloat16", "float16"]
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=flow_sde.Help)
+parser = argparse.ArgumentParser(
+    description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
 add = parser.add_argument
 add("--script", choices=["distill.py", "train_teacher.py"], default="distill.py", help="whose update")
 add("--recipe", nargs="+", choices=RECIPES, default=["ours"], help="ways to make distill.py's update")

@@ -19,8 +19,8 @@ from toy import PROMPTS, SIZE, draw, new_prompts, split_prompts
 
 
 def build_pipeline(length=12):
-    """An untrained StableDiffusion3Pipeline whose transformer has 1.3 M parameters: every part is of the class
-    that SD3.5 uses. length: tokens of a prompt."""
+    """An untrained StableDiffusion3Pipeline whose transformer has 1.3 M parameters: every part is of the
+    class that SD3.5 uses. length: tokens of a prompt."""
     import diffusers
     import transformers
 

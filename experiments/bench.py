@@ -163,32 +163,40 @@ def ours(folder, base, boundary):
     else:
         flags |= dict(prompts=[f"t={folder}/prompts.txt"], reward=["jpeg"])
         flags |= dict(batch_size=1, group_size=args.batch_size, updates_per_rollout=1)
-    sys.argv = [f"{HERE}/{args.script}", *handed_on]
+    sys.argv = [f"{HERE}/{args.script}"]
     for flag, value in flags.items():
         values = value if isinstance(value, list) else [value]
         sys.argv += ["--" + flag.replace("_", "-"), *map(str, values)]
     if args.gradient_checkpointing:
         sys.argv.append("--gradient-checkpointing")
+    sys.argv += handed_on  # the last of a flag counts
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def alone(base):
+    """A float32 network for one model, with diffusers' own norms."""
+    model = SD3(base, torch.float32, device, gradient_checkpointing=args.gradient_checkpointing)
+    for norm in model.transformer.modules():
+        if type(norm) is flow_sde.RMSNorm:
+            norm.__class__ = diffusers.models.normalization.RMSNorm
+    return model
 
 
 def walked_again(folder, base, boundary, released):
     """distill.py's update with a stored trajectory: on one shared base (two-pass), or with a float32 network
     for everyone (released)."""
     names = [*(f"t{i}" for i in range(args.teachers)), "anchor", "student"]
-    stored = torch.float32 if released else dtype
-    student = SD3(base, stored, device, gradient_checkpointing=args.gradient_checkpointing)
+    if released:
+        student = alone(base)
+    else:
+        student = SD3(base, dtype, device, gradient_checkpointing=args.gradient_checkpointing)
     models = dict.fromkeys(names, student)
     for i, name in enumerate(names):
-        if released:
-            if name != "student":
-                models[name] = SD3(base, stored, device)
-                for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
-                    setattr(models[name].pipe, part, None)  # they are not what is compared
-                models[name].text_encoders = []
-            for norm in models[name].transformer.modules():
-                if type(norm) is flow_sde.RMSNorm:
-                    norm.__class__ = diffusers.models.normalization.RMSNorm
+        if released and name != "student":
+            models[name] = alone(base)
+            models[name].text_encoders = []  # they and the VAE are not what is compared
+            for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+                setattr(models[name].pipe, part, None)
         models[name].load_adapter(name, f"{folder}/{i}")
     params = student.train_adapter("student")
     optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=1e-4, fused=True)

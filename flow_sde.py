@@ -1426,7 +1426,7 @@ def from_anywhere(value):
 def refuse_given(parser, flags, reason):
     """End the program if one of these flags was typed, since it would do nothing."""
     for flag in flags:
-        check(flag not in parser.given, f"--{flag}: {reason}")
+        check(flag not in parser.given, f"--{flag.replace('_', '-')}: {reason}")
 
 
 def catch_full(known):

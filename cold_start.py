@@ -77,10 +77,10 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task, and its share")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task; W: its share")
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add = parser.add_argument_group("merge").add_argument
-add("--method", choices=["cat", "svd", "factors"], default="cat", help="exact, or see above")
+add("--method", choices=["cat", "svd", "factors"], default="cat", help="exact; best at --rank; by factors")
 add("--rank", type=int, default=32, help="of svd, and of sft's untrained LoRA (paper: 32)")
 add = parser.add_argument_group("sft").add_argument
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt .jsonl .json .csv .tsv)")
@@ -88,10 +88,10 @@ add("--init", help="LoRA to start from (default: an untrained one)")
 add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
-add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample; ode: no noise")
+add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample (KL: of flow)")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
-add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, as in distill.py (paper: kl)")
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
 add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
 add("--steps", type=int, default=1000, help="updates")
@@ -102,7 +102,7 @@ add = parser.add_argument_group("sft, running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="in the CPU's memory but while they encode")
+add("--offload-text-encoders", action="store_true", help="on the CPU except while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
 add("--compile", action="store_true", help="torch.compile: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -118,8 +118,8 @@ out = args.out or os.path.join("out", args.mode)
 check(args.teachers, "--model needs --teachers TASK=LORA with it")
 teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
 for task in teachers:
-    check(task not in ("base", "student", "ema"), f"--teachers {task}: that name is taken")
-weights = {task: teacher["weight"] for task, teacher in teachers.items()}
+    check(task not in ("base", "student", "start", "ema", "anchor"), f"--teachers {task}: that name is taken")
+shares = {task: teacher["weight"] for task, teacher in teachers.items()}  # of the prompts, of the merge
 
 
 # -- merge ---------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def merge():
         refuse_given(parser, ("rank",), f"--method {args.method} has its own rank")
     claim_folder(out, overwrite=args.overwrite)
     network, pipeline = skeleton(args.model)
-    loras = [(read_lora(teachers[task]["value"], network, pipeline), weights[task]) for task in teachers]
-    total = sum(weights.values())
+    loras = [(read_lora(teachers[task]["value"], network, pipeline), shares[task]) for task in teachers]
+    total = sum(shares.values())
     exact = merge_loras(loras)
     merged = exact
     if args.method == "svd":
@@ -182,7 +182,7 @@ prompt_files = parse_specs("--prompts", args.prompts)
 same = prompt_files.keys() == teachers.keys()
 has = ", ".join(prompt_files) or "nothing"
 check(same, f"--teachers has {', '.join(teachers)}, but --prompts has {has}: every task needs both")
-check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2, the last may not be learnt")
+check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; the last may not be learnt")
 check(args.noise_level > 0, "--noise-level 0: must be positive (for deterministic trajectories: --sde ode)")
 if args.init:
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
@@ -206,36 +206,43 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 if args.compile:
     model.compile()
 
-# The schedule. What has no transition density, an ODE or CPS's step to 0, is judged by the flow-SDE's.
+# The schedule: a step is named by its t. Whatever sampled the states, the KL is that of the flow-SDE.
 sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
 learnt_steps = list(zip(sigmas[:-1], sigmas[1:]))
-sde = "cps" if args.sde == "cps" and sigmas[-1] > 0 else "flow"
-gaussian = partial(transition, noise_level=args.noise_level, sde=sde)  # (x, v, t, t_next) -> mean, std
-factor = step_weights(learnt_steps, args.noise_level, sde, args.weighting)  # {t: of its KL}
-samples, dimensions = args.batch_size, math.prod(shape)  # of an update here; of a latent
+gaussian = partial(transition, noise_level=args.noise_level, sde="flow")  # (x, v, t, t_next) -> mean, std
+weight_at = step_weights(learnt_steps, args.noise_level, "flow", args.weighting)  # {t: what its KL counts}
+samples, dimensions = args.batch_size, math.prod(shape)  # of a rollout here; of a latent
+terms = world * samples * len(learnt_steps) * dimensions  # of a gradient
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 
+# What makes this run this run: --resume refuses a checkpoint where any of it differs.
 files, settings = {"base": args.model, "init": run.init}, {}
 for task, teacher in teachers.items():
     files |= {f"prompts {task}": prompt_files[task]["value"], f"teacher {task}": teacher["value"]}
     settings[f"teacher {task}'s guidance and weight"] = [teacher["guidance"], teacher["weight"]]
-start = run.begin(model, "student", optimizer, files, settings)
+first_step = run.begin(model, "student", optimizer, files, settings)
+if rank == 0:
+    print(
+        f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; teachers: {', '.join(teachers)}; "
+        f"{samples * world} trajectories an update, {micro} at once"
+    )
 
 
-def walk(x, t, cond, tasks):
-    """The velocity of each sample's own teacher."""
+def teacher_velocity(x, t, cond, tasks):
+    """The guided velocity of each sample's own teacher."""
     with torch.no_grad():
         return model.velocity(x, t, cond, tasks, [teachers[task]["guidance"] for task in tasks])
 
 
 # -- sft: the loop -------------------------------------------------------------------------------------------
 stopping = False
-progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank != 0, mininterval=1)
+steps = range(first_step, args.steps)
+progress = tqdm(steps, initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
 for step in progress:
     began = time.time()
 
     # pick: a prompt's task decides its teacher
-    picked = pick_prompts(prompts, weights, args.seed, step, samples * world)
+    picked = pick_prompts(prompts, shares, args.seed, step, samples * world)
     batch = picked[rank * samples : (rank + 1) * samples]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
     conds = model.encode([row["prompt"] for _, row in batch])
@@ -247,7 +254,7 @@ for step in progress:
         part = slice(i, i + micro)
         tasks, cond = [task for task, _ in batch[part]], [c[part] for c in conds]
         draw = partial(randn, gens[part], shape, device)
-        teacher = partial(walk, cond=cond, tasks=tasks)
+        teacher = partial(teacher_velocity, cond=cond, tasks=tasks)
 
         # act: the teacher samples the trajectory; learn: the student's KL to it at every state
         trajectory = rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw)
@@ -256,7 +263,7 @@ for step in progress:
             v = model.velocity(x, t, cond, "student", args.guidance)
             mean, _ = gaussian(x, v, t, t_next)
             loss = kl(mean, mean_teacher, std)  # (B,)
-            (loss.sum() * factor[t] * dimensions).backward()
+            (loss.sum() * weight_at[t] * dimensions).backward()
             kl_sum += loss.detach().sum()
 
     stopping = run.stopping()  # any process was told to leave: all give up the update in hand
@@ -264,7 +271,7 @@ for step in progress:
         break
 
     # update: clip, AdamW, moving average
-    norm = descend(optimizer, params, world * samples * len(learnt_steps) * dimensions)
+    norm = descend(optimizer, params, terms)
     if not math.isfinite(norm):
         names = ", ".join(sorted({task for task, _ in batch}))
         die(

@@ -133,7 +133,7 @@ add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="in the CPU's memory but while they encode")
+add("--offload-text-encoders", action="store_true", help="on the CPU except while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
 add("--compile", action="store_true", help="torch.compile: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -157,14 +157,14 @@ for task in eval_files:
 for task in prompt_files:
     has_reward = rewards_of(task, rewards, prompt_files)
     check(has_reward, f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
-samples = args.batch_size * args.group_size  # per process
+samples = args.batch_size * args.group_size  # of a rollout here
 check(args.group_size >= 2, f"--group-size {args.group_size}: must be at least 2")
 even = samples % args.updates_per_rollout == 0
 check(even, "--updates-per-rollout: must divide --batch-size x --group-size, the pictures of a rollout")
 half = args.num_steps // 2
 in_half = 0 <= args.sde_window <= half
 check(in_half, f"--sde-window {args.sde_window}: must lie in 0..{half}, half of --num-steps")
-check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2, the last may not be learnt")
+check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; the last may not be learnt")
 check(args.noise_level > 0, "--noise-level 0: must be positive; without noise there is nothing to reinforce")
 if args.schedule == "alternate":
     whole = all(file["weight"] % 1 == 0 for file in prompt_files.values())
@@ -175,7 +175,7 @@ if args.init:
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 prompts = {task: load_prompts(task, file["value"]) for task, file in prompt_files.items()}
 eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
-weights = {task: file["weight"] for task, file in prompt_files.items()}
+shares = {task: file["weight"] for task, file in prompt_files.items()}
 
 # -- devices and models: one frozen base, the teacher an adapter on it ---------------------------------------
 run = Run(args)
@@ -195,16 +195,19 @@ optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 if args.compile:
     model.compile()
 
+# The schedule: all steps are sampled, those learnt that have noise.
 sigmas = model.sigmas(args.num_steps, args.resolution)
-learnt_steps = len(learnt(sigmas)) - 1  # of these, the noisy ones
+learnt_count = len(learnt(sigmas)) - 1
 gaussian = partial(transition, noise_level=args.noise_level, sde=args.sde)  # (x, v, t, t_next) -> mean, std
-if learnt_steps == args.num_steps and args.sde == "flow" and not args.sde_window:
+if learnt_count == args.num_steps and args.sde == "flow" and not args.sde_window:
     say(
         f"note: noise of the last step, from t = {sigmas[-2]:.2f}, is left in the pictures that are scored; "
         "--sde cps and --sde-window leave none"
     )
+dimensions = math.prod(shape)  # of a latent
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 
+# What makes this run this run: --resume refuses a checkpoint where any of it differs.
 files, settings = {"base": args.model, "init": run.init}, {"eval_num_steps": args.eval_num_steps}
 for task, file in prompt_files.items():
     files[f"prompts {task}"], settings[f"prompts {task}'s weight"] = file["value"], file["weight"]
@@ -213,7 +216,7 @@ for task, file in eval_files.items():
 for name, reward in rewards.items():
     identity = re.sub('://[^/"]+', "://", reward.identity)  # a server may move
     settings[f"reward {name}"] = [identity, reward.weight, reward.task]
-start = run.begin(model, "teacher", optimizer, files, settings)
+first_step = run.begin(model, "teacher", optimizer, files, settings)
 if rank == 0:
     on = ", ".join(f"{task} ({len(rows)} prompts)" for task, rows in prompts.items())
     print(
@@ -269,15 +272,15 @@ def draw_grid():
 # -- the loop ------------------------------------------------------------------------------------------------
 stopping, results = False, []  # the base, and the best teacher so far
 results_file = pathlib.Path(args.out, "results.json")
-if start and results_file.exists():
-    results = [row for row in json.loads(results_file.read_text()) if row["step"] <= start]
+if first_step and results_file.exists():
+    results = [row for row in json.loads(results_file.read_text()) if row["step"] <= first_step]
 if eval_prompts and not results:
     results = [validate("base", "base", 0)]
     stopping = results == [None]
     if rank == 0 and not stopping:
         write_json(results_file, results)
-progress = tqdm(initial=start, total=args.steps, disable=rank != 0, mininterval=1)
-for step in range(start, args.steps + 1):
+progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
+for step in range(first_step, args.steps + 1):
     # validate what `step` rollouts have made, keep the best: first of all, so that a resumed run does it too
     if not stopping and step > 0 and (step % args.eval_every == 0 or step == args.steps):
         best = True  # without validation the latest average is the teacher
@@ -301,7 +304,7 @@ for step in range(start, args.steps + 1):
     began = time.time()
 
     # pick: groups of pictures, one group a prompt
-    picked = pick_prompts(prompts, weights, args.seed, step, args.batch_size * world, args.schedule)
+    picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
     mine = picked[rank * args.batch_size : (rank + 1) * args.batch_size]
     batch = [pair for pair in mine for _ in range(args.group_size)]
     gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
@@ -327,7 +330,7 @@ for step in range(start, args.steps + 1):
         teacher = partial(model.velocity, cond=cond, adapter="teacher", guidance=args.guidance)
         with torch.no_grad():
             steps = list(rollout(teacher, first_noise[i : i + micro], sigmas, noise_levels, args.sde, draw))
-        memory.append([s for s in steps[:learnt_steps] if s.log_prob is not None])
+        memory.append([s for s in steps[:learnt_count] if s.log_prob is not None])
         try:
             scorer.submit(model.decode(steps[-1].x_next), part)
         except RewardError as error:
@@ -360,9 +363,8 @@ for step in range(start, args.steps + 1):
     kl_sum, clipped = torch.zeros(2, device=device)
     terms, norms = 0, []
     for k in range(args.updates_per_rollout):
-        share = torch.arange(
-            k, samples, args.updates_per_rollout
-        )  # every update sees pictures of every group
+        # Every update sees pictures of every group
+        share = torch.arange(k, samples, args.updates_per_rollout)
         share = share[telling[rank * samples + share]]
         number = telling[k :: args.updates_per_rollout].sum().item() * len(trajectory)  # pictures x steps
         if number == 0:
@@ -380,14 +382,14 @@ for step in range(start, args.steps + 1):
                 mean_base, _ = gaussian(s.x[rows], v_base, s.t, s.t_next)
                 log_ratio, to_base = log_ratio_of(s, rows, mean, std), kl(mean, mean_base, std)  # (B,), (B,)
                 loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_base
-                (loss.sum() * math.prod(shape)).backward()
+                (loss.sum() * dimensions).backward()
                 kl_sum += to_base.detach().sum()
                 clipped += (log_ratio.detach().abs() > args.clip_range).sum()
         stopping = k == 0 and run.stopping()
         if stopping:
             break
         # update: clip, AdamW, moving average
-        norms.append(descend(optimizer, params, number * math.prod(shape)))
+        norms.append(descend(optimizer, params, number * dimensions))
         if not math.isfinite(norms[-1]):
             die(
                 f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in "

@@ -73,7 +73,7 @@ TOY = dict(
 )
 
 # -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")

@@ -91,7 +91,7 @@ TOY = dict(
 )
 
 # -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
 add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task; W: its share")
@@ -107,10 +107,10 @@ add("--guidance", type=float, help="of student, anchor and teachers without thei
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples (KL: of flow)")
 add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
-add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see the top of this file")
-add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
+add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, see above (paper: kl)")
 add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, drawn anew; 0: all")
-add("--label-density", type=float, nargs=2, default=[1, 1], metavar=("A", "B"), help="which: Beta, 0 noise")
+add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) they are drawn by, 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and rollout")
 add("--group-size", type=int, default=1, help="trajectories per prompt (there is no advantage to estimate)")

@@ -70,7 +70,7 @@ diffusers; ComfyUI_00001_.png), or begin with it (A1111: 00000-SEED.png), or fol
 00000/samples/0000.png). png, jpg, webp, bmp, avif, tiff"""
 
 # -- flags ---------------------------------------------------------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
 add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="rows; `base`: no LoRA")

@@ -1344,8 +1344,8 @@ def listing(names, most=4):
 # -- flags -------------------------------------------------------------------------------------------------
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the defaults of all flags; some flags have one for every family of models."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help: the script's docstring, and every flag's default; some have one for each family of models."""
 
     def _get_help_string(self, action):
         if action.dest in Model.defaults:

@@ -42,7 +42,7 @@ EXAMPLES = [
 ]  # of the toy
 
 # -- flags ---------------------------------------------------------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id; without it, the embedded toy")
 add("--lora", help="a LoRA in PEFT or diffusers layout")

@@ -97,7 +97,7 @@ TOY = dict(
 )
 
 # -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 switch = argparse.BooleanOptionalAction
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")

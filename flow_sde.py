@@ -32,6 +32,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -1367,7 +1368,7 @@ def parse_args(parser, toy):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
-    parser.epilog = f"Without --model, other defaults: {as_flags(toy)}"
+    parser.epilog = textwrap.fill(f"Without --model, other defaults: {as_flags(toy)}", 110)
     nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
     typed = vars(parser.parse_known_args(namespace=nothing)[0])
     parser.given = {name for name, value in typed.items() if value is not None}

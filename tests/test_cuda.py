@@ -1,14 +1,11 @@
 """Is everything right on CUDA? The toy there against the toy on the CPU in float32: numbers first, then every
 script. Without CUDA the numbers are those of the CPU's half precision, and test_device.py has the scripts."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, few, read_log
+from conftest import BASE, ROOT, TASKS, command, few, finish, read_json, read_log
 
 from flow_sde import SD3, generators, randn
 
@@ -18,18 +15,19 @@ PROMPTS = ["two red circles and one blue square", 'a yellow sign saying "HAT"', 
 
 def numbers(dtype, device, checkpointing=False):
     """What the networks make of fixed inputs: {what: tensor}, float64 on the CPU."""
-    model = SD3(os.path.join(ROOT, "toy/base"), dtype, device, gradient_checkpointing=checkpointing)
-    for name in ("compose", "ocr", "scene"):
+    model = SD3(BASE, dtype, device, gradient_checkpointing=checkpointing)
+    for name in TASKS:
         model.load_adapter(name, os.path.join(ROOT, "toy/teachers", name))
     model.copy_adapter("scene", "student")
     params = model.train_adapter("student")
     x, w = (randn(generators(seed, 0, range(4)), model.latent_shape(32), device) for seed in (0, 1))
     cond = model.encode(PROMPTS)
+    names = ["ocr", "base", "compose", "ocr"]
     with torch.no_grad():
-        mixed = model.velocity(x, 0.7, cond, ["ocr", "base", "compose", "ocr"], [1.0, 4.0, 2.0, 1.0])
+        mixed = model.velocity(x, 0.7, cond, names, [1.0, 4.0, 2.0, 1.0])
     v = model.velocity(x, 0.7, cond, "student", 4.5)
     with torch.no_grad():
-        model.velocity(x, 0.7, cond, ["ocr", "base", "compose", "ocr"], 2.0)
+        model.velocity(x, 0.7, cond, names, 2.0)
     (v * w).sum().backward()
     found = {
         "embeddings": cond[0],
@@ -58,29 +56,21 @@ def test_numbers(dtype, checkpointing, most):
     assert max(off.values()) < most
 
 
-QUICK = ["--steps", 2, "--batch-size", 6, "--micro-batch-size", 3, "--num-steps", 4, "--guidance", 2]
-DISTILL = ["distill.py", *QUICK, "--eval-num-steps", 2, "--eval-prompts", "--reward"]
+QUICK = dict(steps=2, batch_size=6, micro_batch_size=3, num_steps=4, guidance=2)
+DISTILL = QUICK | dict(eval_num_steps=2, eval_prompts=[], reward=[])
+FINE = dict(teachers=["compose=toy/base/transformer", "ocr=toy/teachers/ocr"], init="none")
+FINE["prompts"] = [f"{task}=toy/prompts/{task}_train.txt" for task in ("compose", "ocr")]
 SCRIPTS = {
-    "distill": DISTILL,
-    "ppo": [*DISTILL, "--objective", "ppo"],
-    "frugal": [*DISTILL, "--gradient-checkpointing", "--offload-text-encoders"],
-    "compiled": [*DISTILL, "--compile"],
-    "float16": [*DISTILL, "--dtype", "float16"],
-    "bfloat16": [*DISTILL, "--dtype", "bfloat16"],
-    "fine-tune": [
-        *DISTILL,
-        "--teachers",
-        "compose=toy/base/transformer",
-        "ocr=toy/teachers/ocr",
-        "--prompts",
-        "compose=toy/prompts/compose_train.txt",
-        "ocr=toy/prompts/ocr_train.txt",
-        "--init",
-        "none",
-    ],
-    "sft": ["cold_start.py", "sft", *QUICK],
-    "teacher": ["train_teacher.py", *QUICK, "--group-size", 4, "--sde-window", 2, "--eval-num-steps", 4],
-    "evaluate": ["evaluate.py", "--models", "base", "x=toy/teachers/ocr,guidance=2", "--reward", "toy.ocr"],
+    "distill": (["distill.py"], DISTILL),
+    "ppo": (["distill.py"], DISTILL | dict(objective="ppo")),
+    "frugal": (["distill.py"], DISTILL | dict(gradient_checkpointing=True, offload_text_encoders=True)),
+    "compiled": (["distill.py"], DISTILL | dict(compile=True)),
+    "float16": (["distill.py"], DISTILL | dict(dtype="float16")),
+    "bfloat16": (["distill.py"], DISTILL | dict(dtype="bfloat16")),
+    "fine-tune": (["distill.py"], DISTILL | FINE),
+    "sft": (["cold_start.py", "sft"], QUICK),
+    "teacher": (["train_teacher.py"], QUICK | dict(group_size=4, sde_window=2, eval_num_steps=4)),
+    "evaluate": (["evaluate.py"], dict(models=["base", "x=toy/teachers/ocr,guidance=2"], reward="toy.ocr")),
 }
 
 
@@ -89,26 +79,20 @@ SCRIPTS = {
 def test_scripts(name, tmp_path):
     """The first update's numbers, and scores of pictures (whose letters can jump), as on the CPU in
     float32."""
-    argv, logs, scores = SCRIPTS[name], [], []
+    (script, flags), logs, scores = SCRIPTS[name], [], []
     for hidden in ({}, {"CUDA_VISIBLE_DEVICES": ""}):
-        out = tmp_path / str(len(logs))
-        words = [sys.executable, *map(str, argv), "--out", str(out)]
+        out = tmp_path / str(len(logs) + len(scores))
         if hidden:
-            words = [word for word in words if word not in ("--compile", "--dtype", "float16", "bfloat16")]
+            flags = {flag: value for flag, value in flags.items() if flag not in ("compile", "dtype")}
         if name == "evaluate":
-            words += ["--prompts", few("test", 8, str(tmp_path))[1]]
-        got = subprocess.run(
-            words,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=os.environ | hidden | {"OMP_NUM_THREADS": "2"},
-        )
+            flags = flags | {"prompts": few("test", 8, tmp_path)[1]}
+        environment = os.environ | hidden | {"OMP_NUM_THREADS": "2"}
+        got = finish(command(*script, **flags, out=out), env=environment)
         assert got.returncode == 0, got.stderr[-3000:]
         if name != "evaluate":
             logs.append(read_log(out)[:1])
         if name in ("evaluate", "teacher"):
-            scores.append([row["scores"] for row in json.load(open(out / "results.json"))])
+            scores.append([row["scores"] for row in read_json(out, "results.json")])
     most = {"float16": 0.05, "bfloat16": 0.3}.get(name, 0.02)
     for here, there in zip(*logs):
         for key in here.keys() - {"seconds", "memory_gb", "kl_by_sigma"}:

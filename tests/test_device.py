@@ -1,19 +1,21 @@
 """Every script on a GPU that is none: tensors that say they are on "gpu:0", but their numbers lie on the CPU.
 Tensors of two devices in one operation are refused as CUDA refuses them, and whatever would make the CPU wait
-for a GPU is counted, by the line of the script."""
+for a GPU is counted, by the statement of the script."""
 
+import ast
 import collections
-import linecache
+import functools
 import os
 import sys
 import threading
 import types
+from pathlib import Path
 
 import accelerate
 import pytest
 import tiny
 import torch
-from conftest import ROOT, TASKS, distill, few, read_log, run
+from conftest import ROOT, distill, few, random_b, read_log, run, sft, specs, teacher
 from torch.utils import _python_dispatch as dispatch
 from torch.utils import _pytree as tree
 from torch.utils import backend_registration
@@ -27,19 +29,25 @@ A, GPU = torch.ops.aten, "gpu:0"
 INDEXING = (A.index.Tensor, A.index_put.default, A.index_put_.default, A._index_put_impl_.default)
 
 
+@functools.cache
+def statement(file, line):
+    """The statement of a script that spans a line; of a loop or a condition, its head."""
+    lines, found = Path(file).read_text().splitlines(), None
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno:
+            found = node  # the innermost comes last
+    last = found.body[0].lineno - 1 if hasattr(found, "body") else found.end_lineno
+    return " ".join(text.strip() for text in lines[found.lineno - 1 : max(last, found.lineno)])
+
+
 class OnGPU(torch.Tensor):
     """A tensor of the GPU that is none; `numbers` holds what it is."""
 
     @staticmethod
     def __new__(cls, numbers):
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            numbers.size(),
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype,
-            device=GPU,
-        )
+        layout = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset())
+        kind = dict(dtype=numbers.dtype, device=GPU)
+        self = torch.Tensor._make_wrapper_subclass(cls, numbers.size(), **layout, **kind)
         self.numbers = numbers
         return self
 
@@ -50,7 +58,7 @@ class OnGPU(torch.Tensor):
 
 class Pretend(dispatch.TorchDispatchMode):
     """Computes every operation on the CPU, having checked that a GPU could, and counts the waits: {(what,
-    line of the script): times}."""
+    statement of the script): times}."""
 
     main = None
 
@@ -64,7 +72,7 @@ class Pretend(dispatch.TorchDispatchMode):
         while frame:
             code = frame.f_code
             if code.co_name == "<module>" and os.path.dirname(code.co_filename) == ROOT:
-                self.waits[what, linecache.getline(code.co_filename, frame.f_lineno).strip()] += 1
+                self.waits[what, statement(code.co_filename, frame.f_lineno)] += 1
                 break
             frame = frame.f_back
 
@@ -75,14 +83,8 @@ class Pretend(dispatch.TorchDispatchMode):
         device = kwargs.get("device")
         there = bool(gpu) if device is None else torch.device(device).type == "gpu"
         copy = func is A._to_copy.default
-        if (
-            copy
-            and there != bool(gpu)
-            and not kwargs.get("non_blocking")
-            or func is A.copy_.default
-            and gpu
-            and cpu
-        ):
+        moved = copy and there != bool(gpu) and not kwargs.get("non_blocking")
+        if moved or func is A.copy_.default and gpu and cpu:
             self.note("copy")
         elif func is A._local_scalar_dense.default and gpu:
             self.note("number")
@@ -91,13 +93,14 @@ class Pretend(dispatch.TorchDispatchMode):
                 self.note("index")
         elif not copy and gpu and any(t.dim() for t in cpu):
             raise RuntimeError(f"tensors of two devices in {func}")
-        inside = lambda t: t.numbers if isinstance(t, OnGPU) else t
-        a, k = tree.tree_map(inside, (args, kwargs))
+        inside, options = tree.tree_map_only(OnGPU, lambda t: t.numbers, (args, kwargs))
+        if device is not None:
+            options["device"] = "cpu"
         with dispatch._disable_current_modes():
-            out = func(*a, **k | ({"device": "cpu"} if device is not None else {}))
+            out = func(*inside, **options)
         if not there:
             return out
-        out = tree.tree_map(lambda t: OnGPU(t) if isinstance(t, torch.Tensor) else t, out)
+        out = tree.tree_map_only(torch.Tensor, OnGPU, out)
         aliased = gpu and isinstance(args[0], torch.Tensor)
         return dispatch.return_and_correct_aliasing(func, args, kwargs, out) if aliased else out
 
@@ -108,20 +111,12 @@ def gpu(monkeypatch):
     all."""
     if not hasattr(torch, "gpu"):
         backend_registration._setup_privateuseone_for_python_backend("gpu")
-        torch.gpu.get_amp_supported_dtype = lambda: [
-            torch.float16
-        ]  # which gradient checkpointing asks for ever after
+        torch.gpu.get_amp_supported_dtype = list  # which gradient checkpointing asks for ever after
     waits = collections.Counter()
     tolist, pick, start = torch.Tensor.tolist, flow_sde.pick_prompts, threading.Thread.run
-    process = types.SimpleNamespace(
-        process_index=0,
-        num_processes=1,
-        device=torch.device(GPU),
-        gather=lambda t: t,
-        is_main_process=True,
-        wait_for_everyone=lambda: None,
-        end_training=lambda: None,
-    )
+    process = types.SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
+    process.device, process.gather = torch.device(GPU), lambda t: t
+    process.wait_for_everyone = process.end_training = lambda: None
     monkeypatch.setattr(flow_sde, "start_processes", lambda *a: process)
     monkeypatch.setattr(accelerate, "PartialState", lambda: process)
     monkeypatch.setattr(flow_sde, "to_device", lambda v, to: torch.as_tensor(v).to(to, non_blocking=True))
@@ -148,213 +143,69 @@ def gpu(monkeypatch):
     torch._C._set_only_lift_cpu_tensors(lift)
 
 
-def only_at(waits, *lines):
-    """Nothing waits but at lines of the script that contain one of these: none of them is passed more than
-    once an update."""
-    found = {key: times for key, times in waits.items() if not any(line in key[1] for line in lines)}
+def only_at(waits, *statements):
+    """Nothing waits but in statements of the script that contain one of these: none of them is passed more
+    than once an update."""
+    found = {key: times for key, times in waits.items() if not any(known in key[1] for known in statements)}
     assert waits and not found, found
+
+
+UPDATE = ("model.encode(", "run.stopping()", "descend(", "run.save(", "save_lora(")
+DISTILL = (*UPDATE, "counts = ", "kls[", "kl_sum, number in zip(", "anchor_sum", "by_sigma", "draw_grid()")
 
 
 @pytest.mark.parametrize("objective", ["kl", "ppo"])
 def test_distill(objective, loras, tmp_path, gpu):
-    paths = loras | ({"ocr": ROOT + "/toy/base/transformer"} if objective == "ppo" else {})  # a fine-tune
-    distill(
-        loras,
-        str(tmp_path),
-        objective=objective,
-        teachers=[f"{t}={paths[t]}" for t in TASKS],
-        batch_size=3,
-        micro_batch_size=2,
-        num_steps=3,
-        guidance=2,
-    )
-    only_at(
-        gpu,
-        "model.encode(",
-        "stop.arrived(",
-        "norm = update()",
-        "counts = ",
-        "kls = ",
-        "anchor_sum.item()",
-        "kl_by_sigma",
-        "save_checkpoint(",
-        "save_lora(",
-        "draw_grid()",
-    )
+    """ppo with a full fine-tune for a teacher."""
+    paths = loras | ({"ocr": ROOT + "/toy/base/transformer"} if objective == "ppo" else {})
+    flags = dict(teachers=specs(paths), micro_batch_size=2, num_steps=3, guidance=2)
+    distill(loras, tmp_path, objective=objective, **flags)
+    only_at(gpu, *DISTILL)
 
 
 @pytest.mark.parametrize("name", ["flux", "klein", "flux2", "qwen", "zimage", "sana"])
 def test_families(name, tmp_path, gpu):
-    """Qwen-Image's network in diffusers copies a number at every forward."""
+    """In diffusers, Qwen-Image's network copies a number at every forward, and Z-Image's its frequencies at
+    the first: the second update counts."""
     with dispatch._disable_current_modes():
         base = tiny.build(name, str(tmp_path))
         model = flow_sde.FAMILIES[flow_sde.pipeline_folder(base)[1].__name__](base)
         model.new_adapter("x", 4, 8)
-        flow_sde.save_lora(model.lora("x"), str(tmp_path / "lora"))
+        flow_sde.save_lora(random_b(model.lora("x")), tmp_path / "lora")
     (tmp_path / "prompts.txt").write_text("a cup\ntwo cups and a dog\n")
-    task, quick = f"x={tmp_path}/prompts.txt", ["--model", base, "--resolution", 64, "--dtype", "float32"]
-    quick += [
-        "--steps",
-        1,
-        "--num-steps",
-        3,
-        "--batch-size",
-        2,
-        "--micro-batch-size",
-        2,
-        "--eval-num-steps",
-        1,
-    ]
-    run(
-        "distill.py",
-        *quick,
-        "--teachers",
-        f"x={tmp_path}/lora",
-        "--prompts",
-        task,
-        "--anchor",
-        "base",
-        "--rank",
-        4,
-        "--gradient-checkpointing",
-        "--out",
-        tmp_path / "student",
-    )
-    its_own = ["label(", "in rollout("] if name == "qwen" else []
-    only_at(
-        gpu,
-        "model.encode(",
-        "stop.arrived(",
-        "norm = update()",
-        "counts = ",
-        "kls = ",
-        "anchor_sum.item()",
-        "kl_by_sigma",
-        "save_checkpoint(",
-        "save_lora(",
-        "draw_grid()",
-        *its_own,
-    )
+    quick = dict(model=base, prompts=f"x={tmp_path}/prompts.txt", resolution=32, dtype="float32")
+    quick |= dict(steps=2, num_steps=3, batch_size=2, micro_batch_size=2, eval_num_steps=2)
+    flags = dict(teachers=f"x={tmp_path}/lora", anchor="base", rank=4, gradient_checkpointing=True)
+    run("distill.py", **quick, **flags, out=tmp_path / "student")
+    only_at(gpu, *DISTILL, *(["label(", "in trajectory"] if name == "qwen" else []))
     if name == "zimage":  # its prompts are lists
-        run(
-            "train_teacher.py",
-            *quick,
-            "--reward",
-            "jpeg",
-            "--prompts",
-            task,
-            "--group-size",
-            2,
-            "--out",
-            tmp_path / "teacher",
-        )
+        run("train_teacher.py", **quick, reward="jpeg", group_size=2, out=tmp_path / "teacher")
 
 
 def test_train_teacher(tmp_path, gpu):
-    run(
-        "train_teacher.py",
-        "--steps",
-        1,
-        "--batch-size",
-        2,
-        "--group-size",
-        4,
-        "--micro-batch-size",
-        4,
-        "--num-steps",
-        4,
-        "--sde-window",
-        2,
-        "--guidance",
-        2,
-        "--eval-num-steps",
-        2,
-        "--eval-prompts",
-        few("val", 3, str(tmp_path))[0],
-        "--out",
-        tmp_path,
-    )
-    only_at(
-        gpu,
-        "model.encode(",
-        "stop.arrived(",
-        "accelerator.gather(",
-        "advantages(",
-        "clip_grad_norm_(",
-        "kl_to_base",
-        "save_checkpoint(",
-        "save_lora(",
-        "validate(",
-        "draw_grid()",
-    )
+    teacher(tmp_path / "run", steps=1, micro_batch_size=4, sde_window=2, guidance=2)
+    only_at(gpu, *UPDATE, "gather(", "advantage", "kl_to_base", "clip_fraction", "validate(", "draw_grid()")
 
 
-def test_sft(tmp_path, loras, gpu):
-    run(
-        "cold_start.py",
-        "sft",
-        "--teachers",
-        *[f"{t}={loras[t]}" for t in TASKS],
-        "--steps",
-        1,
-        "--batch-size",
-        3,
-        "--micro-batch-size",
-        2,
-        "--num-steps",
-        3,
-        "--guidance",
-        2,
-        "--out",
-        tmp_path,
-    )
-    only_at(
-        gpu,
-        "model.encode(",
-        "stop.arrived(",
-        "clip_grad_norm_(",
-        "reduce_sum(kl_sum)",
-        "save_checkpoint(",
-        "save_lora(",
-    )
+def test_sft(loras, tmp_path, gpu):
+    sft(loras, tmp_path, micro_batch_size=2, guidance=2)
+    only_at(gpu, *UPDATE, "reduce_sum(kl_sum)")
 
 
 def test_pictures(tmp_path, loras, gpu):
-    """Drawing waits when its prompts are encoded, once for each text encoder, and not in its steps; pictures are
-    written by another thread."""
-    encoders, flags = 3, ["--guidance", 2, "--out", tmp_path]
-    run(
-        "evaluate.py",
-        "--models",
-        "base",
-        f"ocr={loras['ocr']}",
-        "--tasks",
-        few("test", 3, str(tmp_path))[1],
-        "--reward",
-        "toy.ocr",
-        "--eval-num-steps",
-        4,
-        "--eval-batch-size",
-        2,
-        *flags,
-    )
-    assert sum(times for (_, line), times in gpu.items() if line == "guarded(draw_all)") == 4 * encoders
-    only_at(
-        gpu,
-        "model = load_model(",
-        "model.load_teacher(",
-        "check_rewards(",
-        "guarded(draw_all)",
-        "stop.arrived(",
-    )
+    """Drawing waits when its prompts are encoded, once for each text encoder, and not in its steps; pictures
+    are written by another thread."""
+    encoders, flags = 3, dict(guidance=2, resolution=16, out=tmp_path)
+    what = dict(models=["base", f"ocr={loras['ocr']}"], tasks=few("test", 3, tmp_path)[1], reward="jpeg")
+    run("evaluate.py", **what, **flags, eval_num_steps=3, eval_batch_size=2)
+    assert sum(times for (_, text), times in gpu.items() if text == "guarded(draw_all)") == 4 * encoders
+    loading = ("load_model(", "model.load_teacher(", "model.load_adapter(", "stop.arrived(")
+    only_at(gpu, *loading, "check_rewards(", "guarded(draw_all)")
     gpu.clear()
-    run("sample.py", "--lora", loras["ocr"], "--prompt", "a cup", "--num-images", 2, "--num-steps", 4, *flags)
-    assert (
-        sum(times for (_, line), times in gpu.items() if "model.generate(" in line) == encoders + 1
-    )  # finite?
-    only_at(
-        gpu, "model = load_model(", "model.load_adapter(", "model.generate(", "pil(drawn)", "stop.arrived("
-    )
+    run("sample.py", lora=loras["ocr"], prompt="a cup", num_images=2, num_steps=3, **flags)
+    drawing = sum(times for (_, text), times in gpu.items() if "model.generate(" in text)
+    assert drawing == encoders + 1  # is the picture finite?
+    only_at(gpu, *loading, "model.generate(", "pil(drawn)")
 
 
 def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):
@@ -362,27 +213,17 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
     fit this one. If not even one sample fits, or memory runs out later, the flags that help are named."""
     most, velocity = 2, SD3.velocity
 
-    def limited(model, x, *args):
+    def limited(model, x, *args, **options):
         if len(x) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return velocity(model, x, *args)
+        return velocity(model, x, *args, **options)
 
     # with --model, the toy's own defaults are out of the way
-    flags = dict(
-        model=ROOT + "/toy/base",
-        prompts=few("train", 1, str(tmp_path)),
-        resolution=32,
-        dtype="float32",
-        guidance=1,
-        batch_size=3,
-        num_steps=3,
-        eval_num_steps=1,
-        eval_batch_size=2,
-    )
-    distill(loras, str(tmp_path / "given"), **flags | dict(micro_batch_size=3))
+    flags = dict(model=ROOT + "/toy/base", dtype="float32", guidance=1, num_steps=3, eval_batch_size=2)
+    distill(loras, tmp_path / "given", **flags)
     monkeypatch.setattr(SD3, "velocity", limited)
     flags["micro_batch_size"] = None
-    ours = distill(loras, str(tmp_path / "chosen"), **flags)
+    ours = distill(loras, tmp_path / "chosen", **flags)
     assert ours["micro"] == 1
     given, chosen = (read_log(tmp_path / name)[0] for name in ("given", "chosen"))
     assert all(chosen[key] == pytest.approx(given[key], rel=1e-4) for key in given if key != "seconds")
@@ -392,12 +233,11 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
         assert flow_sde.what_fits(ours["model"], 6, ours["shape"], 1.0) == 3
     most = 0
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        distill(loras, str(tmp_path / "none"), **flags)
+        distill(loras, tmp_path / "none", **flags)
     sys.excepthook(caught.type, caught.value, None)
-    assert (
-        "less of it is needed with --micro-batch-size 1, --eval-batch-size 1, --gradient-checkpointing, "
-        "--offload-text-encoders, --no-t5"
-    ) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "less of it is needed with --micro-batch-size 1, --eval-batch-size 1, --gradient-check" in said
+    assert "--offload-text-encoders, --no-t5" in said
 
 
 def test_numbers_are_sent_to_every_kind_of_device(gpu):

@@ -281,7 +281,6 @@ for name, task in files:
             jobs.append(Job(name, task, numbers, unscored, missing))
 if any(job.missing for job in jobs):
     model = flow_sde.load_model(args, device)
-    model.latent_shape(args.resolution)
     for name, spec in specs.items():
         if name != "base":
             model.load_teacher(name, spec["value"])

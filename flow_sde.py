@@ -383,11 +383,9 @@ class Model:
         self.scheduler.set_timesteps(**grid, mu=self.mu(tokens, num_steps))
         sigmas = self.scheduler.sigmas.tolist()
         falling = all(t > t_next for t, t_next in zip(sigmas, sigmas[1:]))
-        if abs(sigmas[0] - 1) > 1e-6 or sigmas[-1] != 0 or not falling:
-            die(
-                f"--num-steps {num_steps}: the sigmas of the model's scheduler do not fall from 1 to 0: "
-                f"{listing(sigmas)}"
-            )
+        fits = abs(sigmas[0] - 1) < 1e-6 and sigmas[-1] == 0 and falling
+        found = f"the sigmas of the model's scheduler do not fall from 1 to 0: {listing(sigmas)}"
+        check(fits, f"{num_steps} sampling steps: {found}")
         return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
@@ -835,7 +833,12 @@ def load_model(args, device):
     family = FAMILIES[pipeline_folder(args.model, only=())[1].__name__]
     checkpointing = getattr(args, "gradient_checkpointing", False)
     options = (not args.no_t5, args.offload_text_encoders, checkpointing, args.max_sequence_length)
-    return family(args.model, getattr(torch, args.dtype), device, *options)
+    model = family(args.model, getattr(torch, args.dtype), device, *options)
+    model.latent_shape(args.resolution)
+    for name in ("num_steps", "eval_num_steps"):  # what cannot be is refused now, not when it is due
+        if hasattr(args, name):
+            model.sigmas(getattr(args, name), args.resolution)
+    return model
 
 
 def flag_defaults(model):

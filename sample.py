@@ -123,7 +123,6 @@ for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
 # -- draw ----------------------------------------------------------------------------------------------------
 if batches or args.merge:
     model = load_model(args, accelerator.device)
-    model.latent_shape(args.resolution)
     if args.lora:
         model.load_adapter("lora", args.lora)
     model.note_long(texts)

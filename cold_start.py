@@ -76,8 +76,8 @@ TOY = dict(
 parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
-add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task; W: its share")
+add("--model", help="diffusers folder or hub id of the base; leave it out for the toy and its settings")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add = parser.add_argument_group("merge").add_argument
 add("--method", choices=["cat", "svd", "factors"], default="cat", help="exact; best at --rank; by factors")
@@ -89,7 +89,7 @@ add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample (KL: of flow)")
-add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("sft, learning").add_argument
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
@@ -224,7 +224,7 @@ first_step = run.begin(model, "student", optimizer, files, settings)
 if rank == 0:
     print(
         f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; teachers: {', '.join(teachers)}; "
-        f"{samples * world} trajectories an update, {micro} at once"
+        f"{samples * world} trajectories a rollout, {min(micro, samples)} at once"
     )
 
 

@@ -93,8 +93,8 @@ TOY = dict(
 # -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="one a task; W: its share")
+add("--model", help="diffusers folder or hub id of the base; leave it out for the toy and its settings")
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt .jsonl .json .csv .tsv)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's teacher, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
@@ -105,7 +105,7 @@ add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 add("--guidance", type=float, help="of student, anchor and teachers without their own (paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples (KL: of flow)")
-add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, see above (paper: kl)")
@@ -130,8 +130,8 @@ add("--offload-text-encoders", action="store_true", help="on the CPU except whil
 add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
 add("--compile", action="store_true", help="torch.compile: minutes at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
-add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="held-out prompts of the table at the end")
-add("--reward", nargs="*", metavar="NAME", help="rewards of the table at the end, never used in training")
+add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="of the table at the end; none: no table")
+add("--reward", nargs="*", metavar="NAME", help="of the table; none with no --eval-prompts")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--eval-every", type=int, default=50, help="rollouts between curves and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
@@ -148,18 +148,16 @@ check(args.teachers and args.prompts, "--model needs --teachers TASK=LORA and --
 teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
 prompt_files = parse_specs("--prompts", args.prompts)
 eval_files = parse_specs("--eval-prompts", args.eval_prompts)
-for task in prompt_files:
-    check(
-        task in teachers, f"--prompts {task}: no teacher of that task; --teachers has {', '.join(teachers)}"
-    )
+for flag, files in {"prompts": prompt_files, "eval_prompts": eval_files}.items():
+    whose = f"--{flag.replace('_', '-')}" + ("" if flag in parser.given else " (the toy's; give your own)")
+    for task in files:
+        has = ", ".join(teachers)
+        check(task in teachers, f"{whose} {task}: no teacher of that task; --teachers has {has}")
 for task in teachers:
     has = ", ".join(prompt_files)
     check(task in prompt_files, f"--teachers {task}: no prompts of that task; --prompts has {has}")
     check(task not in ("base", "student", "start", "ema", "anchor"), f"--teachers {task}: that name is taken")
 prompts = {task: load_prompts(task, prompt_files[task]["value"]) for task in teachers}
-for task in eval_files:
-    has = ", ".join(teachers)
-    check(task in teachers, f"--eval-prompts {task}: no teacher of that task; --teachers has {has}")
 eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
 check(bool(args.reward) == bool(args.eval_prompts), "--reward and --eval-prompts: give both or neither")
 check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; the last may not be learnt")
@@ -240,7 +238,7 @@ if rank == 0:
     print(
         f"student: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, init {args.init}; "
         f"teachers: {', '.join(teachers)}; anchor: {args.anchor}; "
-        f"{samples * world} trajectories an update, {micro} at once"
+        f"{samples * world} trajectories a rollout, {min(micro, samples)} at once"
     )
 
 
@@ -316,17 +314,19 @@ def blame(kls, anchor_sum, velocity_sum):
     return "the student's gradient" if math.isfinite(anchor_sum) else "the anchor"
 
 
-fixed_rows = {}  # of samples.png: drawn once
+shown = {"base": "base"} | {
+    f"{task} (teacher)": task for task in teachers
+}  # {row: adapter} of grid and table
+shown |= {"anchor": "anchor"} if anchor == "anchor" else {}
+shown |= {"start": "start", "student": "ema"}
+fixed_rows = {}  # of the grid: drawn once
 
 
 def draw_grid():
     """samples.png: the same prompts and noise for base, teachers, the student before and now."""
     texts = [row["prompt"] for rows in (eval_prompts or prompts).values() for row in rows[:4]]
-    adapters = {"student": "ema"}
-    if not fixed_rows:
-        its_teachers = {f"teacher {task}": task for task in teachers}
-        adapters = {"base": "base"} | its_teachers | {"start": "start"} | adapters
-    drawn = draw_rows(run, {name: (adapter, guidance[adapter]) for name, adapter in adapters.items()}, texts)
+    rows = {row: adapter for row, adapter in shown.items() if row not in fixed_rows or row == "student"}
+    drawn = draw_rows(run, {row: (adapter, guidance[adapter]) for row, adapter in rows.items()}, texts)
     if drawn and rank == 0:
         save_grid(os.path.join(args.out, "samples.png"), fixed_rows | drawn, texts)
     fixed_rows.update(drawn or {})
@@ -369,8 +369,9 @@ for step in progress:
             v_teacher, v_anchor = label(x, t, cond, tasks)
             to_teacher, to_anchor = step_kls(x, v, v_teacher, v_anchor, t, t_next)  # (B,), (B,)
             # learn: KL + lambda MAR. Parameters change only in descend(), so going backward step by step adds
-            # up to the gradient of the whole rollout: no stored trajectory, no second student forward. Summed
-            # over samples, steps and dimensions; descend() divides, in float32
+            # up to the gradient of the whole rollout: no stored trajectory, no second student forward.
+            # to_teacher is w(t) mean (v - v_teacher)^2, and weight_at makes of w(t) what --weighting says.
+            # Losses are summed over samples, steps and dimensions; descend() divides, in float32
             if args.objective == "kl":
                 loss = to_teacher + args.anchor_weight * to_anchor
                 (loss.sum() * weight_at[t] * dimensions).backward()
@@ -427,10 +428,10 @@ for step in progress:
         by_sigma = (kl_sums.sum(0) / labels.sum() * label_count).tolist()
         record["kl_by_sigma"] = {f"{t:.3f}": value for t, value in zip(labelled, by_sigma)}
     run.report(record)
-    shown = ", ".join(f"{task} {value:.1e}" for task, value in kls.items())
-    progress.set_postfix_str(f"KL to {shown}")
+    kls_now = ", ".join(f"{task} {value:.1e}" for task, value in kls.items())
+    progress.set_postfix_str(f"KL to {kls_now}")
     if step == 0 and rank == 0:
-        progress.write(f"KL to the teachers before the first update: {shown}")
+        progress.write(f"KL to the teachers before the first update: {kls_now}")
     if last or (step + 1) % args.save_every == 0:
         run.save(step + 1)
     if now_and_then:
@@ -447,26 +448,24 @@ stopping = stopping or run.stopping()  # told during the last grid
 has_table = bool(eval_prompts and rewards and not stopping)
 if has_table:
     run.stop.disarm()  # from here on Ctrl-C ends at once
-    adapters = {name: name for name in ("base", *teachers, "anchor", "start")} | {"student": "ema"}
-    if anchor != "anchor":
-        del adapters["anchor"]
-    pictures = len(adapters) * -(-sum(map(len, eval_prompts.values())) // world)
+    pictures = len(shown) * -(-sum(map(len, eval_prompts.values())) // world)
     results, where = [], (args, rank, world)
     with tqdm(total=pictures, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:
-        for name, adapter in adapters.items():
+        for row, adapter in shown.items():
             how = dict(guidance=guidance[adapter], tasks=teachers, progress=bar.update)
             scores = evaluate(model, adapter, eval_prompts, rewards, *where, **how)
-            results.append({"model": name} | scores)
+            results.append({"model": row} | scores)
     if rank == 0:
         write_json(os.path.join(args.out, "results.json"), results)
         print(markdown(results))
         score, closed = {row["model"]: row["scores"] for row in results}, []
-        for task in teachers:  # where a reward is called like the task
-            if task in score["base"] and score[task][task] > score["base"][task]:
-                gap = score[task][task] - score["base"][task]
-                closed.append(f"{task} {(score['student'][task] - score['base'][task]) / gap:.0%}")
+        for task in teachers:
+            for name in score["base"]:  # the rewards that are the task's own
+                gap = score[f"{task} (teacher)"][name] - score["base"][name]
+                if gap > 0 and task in (name, rewards[name].task):
+                    closed.append(f"{name} {(score['student'][name] - score['base'][name]) / gap:.0%}")
         if closed:
-            print(f"the student closes of the gap between base and teacher: {', '.join(closed)}")
+            print(f"of the gap between base and teacher the student closes: {', '.join(closed)}")
 if rank == 0:
     how = "stopped (--resume auto goes on)" if stopping else "done"
     table = ", results.json" if has_table else ""

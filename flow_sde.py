@@ -1027,7 +1027,8 @@ def read_lora(path, network, pipeline):
     if os.path.isdir(file):
         both = [os.path.join(file, name) for name in (PEFT_FILE, DIFFUSERS_FILE)]
         found = [name for name in both if os.path.exists(name)]
-        check(found, f"{path}: neither {PEFT_FILE} (PEFT) nor {DIFFUSERS_FILE} (diffusers) is in it")
+        advice = f"; did you mean {path}/lora?" if os.path.isdir(os.path.join(file, "lora")) else ""
+        check(found, f"{path}: neither {PEFT_FILE} (PEFT) nor {DIFFUSERS_FILE} (diffusers) is in it{advice}")
         file = found[0]
     header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
     config, default_alpha = lora_settings(file, header, tensors)
@@ -1228,19 +1229,16 @@ def locate(path):
     if os.path.exists(path):
         return path
     named = HUB_PATH.fullmatch(path)
-    check(named, f"{path}: no such LoRA folder or file")
+    is_local = not named or os.path.isdir(os.path.dirname(path.rstrip("/")))
+    check(not is_local, f"{path}: no such LoRA folder or file")
     repo, inside = named[1], named[2].strip("/")
     if inside.endswith(".safetensors"):
         folder, file = os.path.split(inside)
         wanted = [file, "adapter_config.json"]
     else:
         folder = inside
-        wanted = ["adapter_config.json", PEFT_FILE, DIFFUSERS_FILE]
-        wanted += [
-            "config.json",
-            "diffusion_pytorch_model*",
-            "transformer/*",
-        ]  # a transformer's or a pipeline's
+        wanted = ["adapter_config.json", PEFT_FILE, DIFFUSERS_FILE]  # of a LoRA, a transformer, a pipeline
+        wanted += ["config.json", "diffusion_pytorch_model*", "transformer/*"]
     found = os.path.join(fetch(repo, [os.path.join(folder, name) for name in wanted]), inside)
     check(os.path.exists(found), f"{path}: {repo} is on the hub, but has no {inside}")
     return found.rstrip("/")

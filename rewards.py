@@ -1146,6 +1146,10 @@ def parse_rewards(specs, options=()):
             fixed["name"] = name
         fixed |= read_options(full_name, function, texts.pop(full_name, {}))
         function = functools.partial(function, **fixed)
+        try:
+            inspect.signature(function).bind(None, None, None)
+        except TypeError:
+            die(f"--reward {spec}: {name} must take (images, prompts, metadata)")
         rewards[name] = Reward(function, float(m["weight"] or 1), m["task"], identity(full_name, function))
     check(not texts, f"--reward-option {', '.join(texts)}: not among --reward {' '.join(specs or ())}")
     return rewards
@@ -1242,7 +1246,7 @@ def rewards_of(task, rewards, tasks):
 
 def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed=None):
     """Before any long work: every prompt must be of the kind its rewards can score, and every reward must
-    score one grey picture, so that a missing package, model or server shows now (`needed`: only these are
+    score two grey pictures, so that a missing package, model or server shows now (`needed`: only these are
     tried)."""
     tasks = tasks or prompts
     for name, reward in rewards.items():
@@ -1253,9 +1257,9 @@ def check_rewards(rewards, prompts, resolution, device="cpu", tasks=None, needed
         if reward.function.func is REWARDS.get(name) and name in CHECKS:
             check_rows(name, reward, rows)
         if rows and (needed is None or name in needed):
-            grey = torch.full((1, 3, resolution, resolution), 0.5, device=device)
+            grey = torch.full((2, 3, resolution, resolution), 0.5, device=device)
             try:
-                [score] = score_batch(grey, rows[:1], {name: reward}, tasks)[name].tolist()
+                score, _ = score_batch(grey, rows[:1] * 2, {name: reward}, tasks)[name].tolist()
             except RewardError as error:
                 die(f"--reward {error}")
             said = last_words(reward)
@@ -1417,6 +1421,7 @@ def evaluate(
     "missing": {reward: pictures without a score, which are left out}}, or None if a process was told to stop
     (stop: its StopSignal)."""
     items = [(task, row) for task, rows in prompts.items() for row in rows]
+    numbers = [number for rows in prompts.values() for number in range(len(rows))]  # as in evaluate.py
     mine = list(range(rank, len(items), world))
     guidance = args.guidance if guidance is None else guidance
     sampling = args.eval_num_steps, args.resolution, adapter, guidance
@@ -1428,7 +1433,8 @@ def evaluate(
             indices = mine[start : start + args.eval_batch_size]
             batch = [items[i] for i in indices]
             texts = [row["prompt"] for _, row in batch]
-            scorer.submit(model.generate(texts, generators(args.seed, 0, indices), *sampling), batch)
+            gens = generators(args.seed, 0, [numbers[i] for i in indices])
+            scorer.submit(model.generate(texts, gens, *sampling), batch)
             if progress:
                 progress(len(batch))
         scores = scorer.collect() if mine else None
@@ -1524,9 +1530,11 @@ def score_one(spec, picture, prompt, *options):
 REWARDS = {name: globals()[name] for name in rewards_in(__file__)}  # all of the above
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+    elif len(sys.argv) == 1:
         list_rewards()
     elif len(sys.argv) >= 4:
         score_one(*sys.argv[1:])
     else:
-        die("usage: rewards.py NAME PICTURE PROMPT [KEY=VALUE ...], or no argument for the list")
+        die("usage: rewards.py NAME PICTURE PROMPT [KEY=VALUE ...]; --help; or no argument for the list")

@@ -24,6 +24,7 @@ from flow_sde import (
     generators,
     load_model,
     load_prompts,
+    locate,
     parse_args,
     parse_specs,
     read_json,
@@ -44,7 +45,7 @@ EXAMPLES = [
 # -- flags ---------------------------------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id; without it, the embedded toy")
+add("--model", help="diffusers folder or hub id; leave it out for the toy and its settings")
 add("--lora", help="a LoRA in PEFT or diffusers layout")
 add("--prompt", nargs="+", metavar="TEXT", help="what to draw")
 add("--prompts", nargs="+", metavar="[TASK=]FILE", help="more prompts; of TASK=FILE only the task's lines")
@@ -82,6 +83,8 @@ if args.merge:
     check(not os.path.exists(args.merge), f"--merge {args.merge}: that exists already")
     whole = args.lora and not args.no_t5
     check(whole, f"--merge {args.merge}: needs --lora, and no --no-t5: it is a whole pipeline")
+if args.lora:
+    locate(args.lora)
 accelerator = start_processes()
 rank, world = accelerator.process_index, accelerator.num_processes
 claim_folder(args.out, accelerator)

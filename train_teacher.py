@@ -100,7 +100,7 @@ TOY = dict(
 parser = argparse.ArgumentParser(description=__doc__)
 switch = argparse.BooleanOptionalAction
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
+add("--model", help="diffusers folder or hub id of the base; leave it out for the toy and its settings")
 add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one, or a mix (python rewards.py lists them)")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="to train on (.txt .jsonl .json .csv .tsv)")
@@ -112,7 +112,7 @@ add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 add("--guidance", type=float, help="of the teacher and of the base (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="how the teacher samples")
-add("--noise-level", type=float, default=0.7, help="a of the sampler (paper: 0.7)")
+add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add("--sde-window", type=int, default=0, help="noisy steps, all learnt, in the first half (Fast: 2); 0: all")
 add("--same-noise", action=switch, help="a group starts from one noise, and differs by what is learnt only")
 add = parser.add_argument_group("learning").add_argument
@@ -221,7 +221,7 @@ if rank == 0:
     on = ", ".join(f"{task} ({len(rows)} prompts)" for task, rows in prompts.items())
     print(
         f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a "
-        f"rollout, {micro} at once, {' + '.join(rewards)} on {on}"
+        f"rollout, {min(micro, samples)} at once, {' + '.join(rewards)} on {on}"
     )
 
 

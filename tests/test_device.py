@@ -151,7 +151,7 @@ def only_at(waits, *statements):
 
 
 UPDATE = ("model.encode(", "run.stopping()", "descend(", "run.save(", "save_lora(")
-DISTILL = (*UPDATE, "counts = ", "kls[", "kl_sum, number in zip(", "anchor_sum", "by_sigma", "draw_grid()")
+DISTILL = (*UPDATE, "labels = ", "kls[", "kl_sum, number in zip(", "anchor_sum", "by_sigma", "draw_grid()")
 
 
 @pytest.mark.parametrize("objective", ["kl", "ppo"])
@@ -160,7 +160,11 @@ def test_distill(objective, loras, tmp_path, gpu):
     paths = loras | ({"ocr": ROOT + "/toy/base/transformer"} if objective == "ppo" else {})
     flags = dict(teachers=specs(paths), micro_batch_size=2, num_steps=3, guidance=2)
     distill(loras, tmp_path, objective=objective, **flags)
-    only_at(gpu, *DISTILL)
+    only_at(gpu, *DISTILL, "ppo_updates(")
+    walks = {kind: times for (kind, statement), times in gpu.items() if "ppo_updates(" in statement}
+    assert walks == (
+        {"copy": 1, "number": 3} if objective == "ppo" else {}
+    )  # to stop? and two updates' norms
 
 
 @pytest.mark.parametrize("name", ["flux", "klein", "flux2", "qwen", "zimage", "sana"])

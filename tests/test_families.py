@@ -273,7 +273,7 @@ def test_a_last_step_without_density(folder, tmp_path, numbers_only):
         assert len(seen) == 3 and min(seen) > 0 and ns["params"][1].abs().max() > 0
         run("cold_start.py", "sft", **learn, sde=sde)
     said = refused("distill.py", **learn, eval_num_steps=1, sde="cps", objective="ppo")
-    assert "last step would have no noise" in said
+    assert "needs the noise of --sde flow" in said
     judged = dict(reward="jpeg", group_size=2, eval_num_steps=1, out=tmp_path / "teacher")
     for sde, window, trained in (("flow", 0, 3), ("cps", 0, 2), ("flow", 1, 1)):
         ns = run("train_teacher.py", **quick, **judged, sde=sde, sde_window=window)

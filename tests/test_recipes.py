@@ -38,7 +38,7 @@ WEIGHTS = {"1": [1, 1, 1], "2": [1, 3], "3": [1, 1, 1], "4": [1, 1, 1]}
 
 def parser_of(script):
     """A script's argparse parser: the script is run up to the reading of its flags."""
-    source = pathlib.Path(ROOT, script).read_text().split("\nargs = parse_args(")[0]
+    source = re.split(r"\nargs = .*parse_args\(", pathlib.Path(ROOT, script).read_text())[0]
     names = {"__doc__": "", "__name__": script}
     exec(source, names)
     return names["parser"]

@@ -60,7 +60,11 @@ def test_distill_leaves_a_student_and_a_table(loras, tmp_path):
     files = {"lora", "checkpoints", "log.jsonl", "curves.png", "samples.png", "results.json", "args.json"}
     assert files <= set(os.listdir(tmp_path / "run"))
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["000001", "000002"]
-    assert [row["model"] for row in ns["results"]] == ["base", *TASKS, "anchor", "start", "student"]
+    rows = ["base", *(f"{task} (teacher)" for task in TASKS), "anchor", "start", "student"]
+    assert [row["model"] for row in ns["results"]] == rows
+    ocr = {"ocr": ns["eval_prompts"]["ocr"]}  # scores of a task do not depend on the tasks beside it
+    ocr_alone = rewards.evaluate(ns["model"], "base", ocr, ns["rewards"], ns["args"], tasks=TASKS)
+    assert ocr_alone["scores"]["ocr"] == ns["results"][0]["scores"]["ocr"]
     assert all(row["n"] == 9 and set(row["scores"]) == {*TASKS, "quality"} for row in ns["results"])
     assert Image.open(tmp_path / "run/samples.png").width > 300
     untrained = distill(loras, tmp_path / "none", init="none", anchor="none", lr=0, **table)
@@ -227,6 +231,7 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
     (f"{OCR} --prompts {VAL} --model {{tmp}}", "not a diffusers pipeline folder"),
     (f"{OCR} --prompts {VAL} --model {{tmp}}/no", "no such folder"),
     (f"{OCR} --prompts {VAL} --eval-prompts x={{tmp}}/few.txt", "--eval-prompts x: no teacher of that task"),
+    (f"distill.py --teachers ocr={{ocr}} --prompts {VAL}", "compose: no teacher of that task"),
     (f"{BARE} --teachers ocr --prompts {VAL}", "--teachers ocr: expected NAME=VALUE"),
     (f"{BARE} --teachers student=x --prompts student=x.txt", "that name is taken"),
     ("distill.py --resolution 30", "--resolution 30: this model draws multiples of 4 up to 32"),
@@ -240,6 +245,9 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
     ("evaluate.py --models type={ocr}", "type: PyTorch uses that name itself"),
     (f"evaluate.py --reward toy.ocr --prompts {VAL} compose={{tmp}}/few.txt", "compose: no reward scores"),
     ("sample.py --max-sequence-length 600", "at most 512"),
+    ("sample.py --lora toy/teachers/orc", "toy/teachers/orc: no such LoRA"),
+    ("sample.py --lora {tmp}/run", "did you mean"),
+    ("train_teacher.py --reward toy.parse", "parse must take (images, prompts, metadata)"),
     ("sample.py --num-images 0", "--num-images 0: must be at least 1"),
     ("sample.py --model toy/base", "nothing to draw"),
     (
@@ -271,6 +279,7 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
 def test_mistakes_get_one_clear_line(line, message, loras, tmp_path):
     (tmp_path / "few.txt").write_text("a prompt\n")
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "run/lora").mkdir(parents=True)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": oops}\n')
     (tmp_path / "untitled.jsonl").write_text('{"text": "fine"}\n')
     script, *argv = line.format(ocr=loras["ocr"], tmp=tmp_path).split()

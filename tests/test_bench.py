@@ -1,10 +1,12 @@
 """bench.py counts what it says: forwards in samples, FLOPs against the floor, for recipes and scripts."""
 
 import json
+import os
 import subprocess
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
+from test_recipes import parser_of
 
 SMALL = "--model tiny-random --resolution 32 --batch-size 4 --micro-batch-size 2 --num-steps 4 --updates 1"
 
@@ -82,3 +84,20 @@ def test_gpu_report(bench, capsys):
 def test_refusals(flags, message):
     with pytest.raises(SystemExit, match=message):
         run("experiments/bench.py", *flags.split())
+
+
+def test_gpu_script(tmp_path):
+    """Its commands, with a python that only writes down how it was called, have flags that exist."""
+    fake = tmp_path / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" | tr "\\n" " " >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
+    fake.chmod(0o755)
+    env = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    subprocess.run(["bash", "experiments/gpu.sh"], cwd=ROOT, env=env, check=True, capture_output=True)
+    _, checks, toy, *benches = (tmp_path / "calls").read_text().splitlines()
+    assert os.path.exists(os.path.join(ROOT, checks.split()[-1]))
+    parser_of("distill.py").parse_args(toy.split()[1:])
+    assert len(benches) == 3
+    for call in benches:
+        with pytest.raises(SystemExit, match="no such folder"):
+            run(*call.split(), "--model", "/nowhere/x")

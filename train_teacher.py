@@ -3,7 +3,8 @@
 Sample groups of pictures with the flow-SDE, score them, and push the log-probability of every transition up
 or down by how its picture fared within its group. The base stays frozen; the teacher is a LoRA. With several
 rewards and prompt files this is the GRPO-Mix baseline instead: every prompt is scored by its own task's
-reward, and by the task-agnostic ones, all in one run.
+reward, and by the task-agnostic ones, all in one run. With --teachers, the KL that holds it is to its task's
+teacher instead of the base: distillation and rewards in one update.
 
     python train_teacher.py                 # toy.compose on two CPU cores
     python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt \\
@@ -105,6 +106,7 @@ add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one, or a mix (python re
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="to train on (.txt .jsonl .json .csv .tsv)")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="to validate on: the best LoRA there is kept")
+add("--teachers", nargs="+", metavar="TASK=LORA", help="--beta's KL is to these, not to the base")
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")
 add = parser.add_argument_group("sampling").add_argument
@@ -152,6 +154,9 @@ check(args.reward and args.prompts, "--model needs --reward NAME and --prompts T
 rewards = parse_rewards(args.reward, args.reward_option)
 prompt_files = parse_specs("--prompts", args.prompts, weight=1.0)
 eval_files = parse_specs("--eval-prompts", args.eval_prompts)
+teachers = parse_specs("--teachers", args.teachers)
+for task in teachers:
+    check(task in prompt_files, f"--teachers {task}: not a task of --prompts ({', '.join(prompt_files)})")
 for task in eval_files:
     check(task in prompt_files, f"--eval-prompts {task}: not a task of --prompts ({', '.join(prompt_files)})")
 for task in prompt_files:
@@ -190,6 +195,10 @@ if run.init:
 else:
     model.new_adapter("teacher", args.rank, args.alpha, args.seed)
 model.copy_adapter("teacher", "ema")
+reference = dict.fromkeys(prompts, "base")  # {task: the adapter that the KL is to}
+for task, teacher in teachers.items():
+    reference[task] = f"teacher_of_{task}"
+    model.load_teacher(reference[task], teacher["value"])
 params, ema = model.train_adapter("teacher"), model.adapters["ema"]
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 if args.compile:
@@ -213,6 +222,8 @@ for task, file in prompt_files.items():
     files[f"prompts {task}"], settings[f"prompts {task}'s weight"] = file["value"], file["weight"]
 for task, file in eval_files.items():
     files[f"validation prompts {task}"] = file["value"]
+for task, teacher in teachers.items():
+    files[f"teacher {task}"] = teacher["value"]
 for name, reward in rewards.items():
     identity = re.sub('://[^/"]+', "://", reward.identity)  # a server may move
     settings[f"reward {name}"] = [identity, reward.weight, reward.task]
@@ -353,7 +364,7 @@ for step in range(first_step, args.steps + 1):
     tied = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1) < 1e-6
     telling = (~tied).repeat_interleave(args.group_size) & ~reward.isnan()  # (pictures of all processes,)
 
-    # learn: the clipped surrogate and the KL to the base, at every learnt step
+    # learn: the clipped surrogate and the KL to the base, or to the task's teacher, at every learnt step
     trajectory = []
     for parts in zip(*memory):
         joined = {
@@ -373,17 +384,22 @@ for step in range(first_step, args.steps + 1):
             if k == 0 and run.stop.name:  # later updates follow one that was made, and are finished
                 break
             rows = to_device(share[i : i + micro], device)
-            cond = take_rows(conds, (share[i : i + micro] // args.group_size).tolist())
+            groups_of = (share[i : i + micro] // args.group_size).tolist()
+            cond = take_rows(conds, groups_of)
+            others = [reference[mine[group][0]] for group in groups_of]
             for s in trajectory:
                 with torch.no_grad():
-                    v_base = model.velocity(s.x[rows], s.t, cond, "base", args.guidance)
+                    v_other = model.velocity(s.x[rows], s.t, cond, others, args.guidance)
                 v = model.velocity(s.x[rows], s.t, cond, "teacher", args.guidance)
                 mean, std = gaussian(s.x[rows], v, s.t, s.t_next)
-                mean_base, _ = gaussian(s.x[rows], v_base, s.t, s.t_next)
-                log_ratio, to_base = log_ratio_of(s, rows, mean, std), kl(mean, mean_base, std)  # (B,), (B,)
-                loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_base
+                mean_other, _ = gaussian(s.x[rows], v_other, s.t, s.t_next)
+                log_ratio, to_other = (
+                    log_ratio_of(s, rows, mean, std),
+                    kl(mean, mean_other, std),
+                )  # (B,), (B,)
+                loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_other
                 (loss.sum() * dimensions).backward()
-                kl_sum += to_base.detach().sum()
+                kl_sum += to_other.detach().sum()
                 clipped += (log_ratio.detach().abs() > args.clip_range).sum()
         stopping = k == 0 and run.stopping()
         if stopping:
@@ -405,12 +421,13 @@ for step in range(first_step, args.steps + 1):
     for name, values in scores.items():
         if not values.isnan().all():
             record[f"reward/{name}"] = values.nanmean().item()
-    record["kl_to_base"] = reduce_sum(kl_sum).item() / max(terms, 1)
+    kl_name = "kl_to_teachers" if teachers else "kl_to_base"
+    record[kl_name] = reduce_sum(kl_sum).item() / max(terms, 1)
     record["clip_fraction"] = reduce_sum(clipped).item() / max(terms, 1)
     record |= {"tied_groups": tied.float().mean().item(), "grad_norm": max(norms, default=0.0)}
     run.report(record | {"seconds": time.time() - began})
     progress.update()
-    kl_now, clip_now = f"{record['kl_to_base']:.1e}", f"{record['clip_fraction']:.2f}"
+    kl_now, clip_now = f"{record[kl_name]:.1e}", f"{record['clip_fraction']:.2f}"
     progress.set_postfix(reward=f"{reward.nanmean():.3f}", kl=kl_now, clip=clip_now)
     if step + 1 == args.steps or (step + 1) % args.save_every == 0:
         run.save(step + 1)

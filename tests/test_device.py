@@ -188,7 +188,7 @@ def test_families(name, tmp_path, gpu):
 
 def test_train_teacher(tmp_path, gpu):
     teacher(tmp_path / "run", steps=1, micro_batch_size=4, sde_window=2, guidance=2)
-    only_at(gpu, *UPDATE, "gather(", "advantage", "kl_to_base", "clip_fraction", "validate(", "draw_grid()")
+    only_at(gpu, *UPDATE, "gather(", "advantage", "kl_name", "clip_fraction", "validate(", "draw_grid()")
 
 
 def test_sft(loras, tmp_path, gpu):

@@ -152,9 +152,10 @@ def test_grpo_mix(tmp_path, numbers_only):
     }
 
 
-def test_grpo_gradient(loras, bright, tmp_path, gradients, numbers_only):
-    """-E[A log pi(a|s)] + beta KL(pi || base), advantages in units of their task's spread. Of three tasks
-    with a prompt each, one ties and is left out, and one is scored on a scale a hundred times smaller."""
+@pytest.mark.parametrize("kl_to", ["base", "teacher_of_large"])
+def test_grpo_gradient(kl_to, loras, bright, tmp_path, gradients, numbers_only):
+    """-E[A log pi(a|s)] + beta KL(pi || base or teacher), advantages in units of their task's spread. Of
+    three tasks with a prompt each, one ties and is left out, one is scored on a scale of a hundredth."""
     bright |= {"ties": 0.0, "small": 1.0, "large": 100.0}
     for name in bright:
         (tmp_path / f"{name}.txt").write_text(name + "\n")
@@ -163,6 +164,8 @@ def test_grpo_gradient(loras, bright, tmp_path, gradients, numbers_only):
     flags |= dict(
         batch_size=3, group_size=6, micro_batch_size=4, sde_window=2, steps=1, updates_per_rollout=1
     )
+    if kl_to != "base":
+        flags["teachers"] = f"large={loras['ocr']}"
     ns = teacher(tmp_path / "run", **flags, lr=0)
     model, advantage, tasks = ns["model"], ns["advantage"], [task for task, _ in ns["batch"]]
     rms = {}
@@ -173,12 +176,13 @@ def test_grpo_gradient(loras, bright, tmp_path, gradients, numbers_only):
     assert read_log(tmp_path / "run")[0]["tied_groups"] == pytest.approx(1 / 3)
     rows, total = [i for i, task in enumerate(tasks) if task != "ties"], 0.0
     cond = [c[torch.tensor(rows) // 6] for c in ns["conds"]]
+    others = [kl_to if tasks[i] == "large" else "base" for i in rows]
     for s in ns["trajectory"]:
         x, x_next = s.x[rows], s.x_next[rows]
         with torch.no_grad():
-            base, _ = transition(x, model.velocity(x, s.t, cond), s.t, s.t_next, 0.7)
+            other, _ = transition(x, model.velocity(x, s.t, cond, others), s.t, s.t_next, 0.7)
         mean, std = transition(x, model.velocity(x, s.t, cond, "teacher"), s.t, s.t_next, 0.7)
-        total += 0.5 * kl(mean, base, std).mean() - (advantage[rows] * log_prob(x_next, mean, std)).mean()
+        total += 0.5 * kl(mean, other, std).mean() - (advantage[rows] * log_prob(x_next, mean, std)).mean()
     grads = torch.autograd.grad(total / len(ns["trajectory"]), ns["params"])
     expected = torch.cat([g.flatten() for g in grads])
     assert (gradients[0] - expected).norm() < 1e-3 * expected.norm()

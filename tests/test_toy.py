@@ -45,6 +45,7 @@ def test_scorers_know_good_from_bad(task):
     assert toy.quality(clean).mean() > 0.9
     assert toy.quality(0.55 + 0.4 * (clean - 0.55)).mean() < 0.1
     assert toy.quality(blank).max() == 0
+    assert toy.calm(blank).min() == 1 > toy.calm(clean).mean() > toy.calm(clean + 0.1 * noise).mean()
     if task != "scene":  # another prompt's picture is a wrong picture
         assert score(clean.roll(1, 0), prompts).mean() < 0.5
 

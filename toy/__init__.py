@@ -383,4 +383,13 @@ def quality(images, prompts=None, metadata=None):
     return ((span - 0.35) / 0.35).clamp(0, 1) * ((edge - 0.4) / 0.4).clamp(0, 1)
 
 
+def calm(images, prompts=None, metadata=None):
+    """A taste that conflicts with every task, for shapes, letters and balloons have edges: little to see.
+    1 - the mean difference of neighbouring pixels / 0.12, not below 0."""
+    images = images.float().cpu()
+    right = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
+    return (1 - (right + down) / 2 / 0.12).clamp(min=0)
+
+
 PROMPTS = {task: all_prompts(task) for task in ("compose", "ocr", "scene")}

@@ -4,7 +4,7 @@
 # skipped, and what was killed goes on where it was.
 #
 #     bash experiments/reproduce.sh     # two CPU cores; runs and pictures go to out/reproduce
-#     SEEDS="0 1" bash experiments/reproduce.sh     # seed 0 is always needed
+#     SEEDS=0 bash experiments/reproduce.sh     # one seed instead of three
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -75,136 +75,159 @@ files() { for t in $1; do echo $t=toy/prompts/${t}_$2.txt; done; }           # f
 loras() { for name; do echo $name=$R/$name/lora; done; }                     # loras NAME...
 every_seed() { for name; do for s in $SEEDS; do echo $name-$s; done; done; }   # every_seed ARM...
 twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                          # compose is the hardest
-guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }             # whom guidance helps: (f)
+guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }             # whom guidance helps
+rewards() { for t in $1; do echo toy.$t=$2; done; }                          # rewards TASKS WEIGHT
 
-teachers() {  # teachers TASKS [SEED [OPTIONS]]
-    local t
-    for t in $1; do
-        echo $t=$R/$t-${2:-0}/lora${3:-}
+teachers() {  # teachers KIND SEED: KIND is "" or the reward that they were trained with besides
+    for t in $ALL; do
+        echo $t=$R/$t$1-$2/lora
     done | twice
 }
 
-grpo() {  # grpo TASKS
+grpo() {  # grpo TASKS REWARDS
     echo python train_teacher.py --prompts $(files "$1" train | twice) --eval-prompts $(files "$1" val) \
-        --reward $(printf 'toy.%s ' $1) --save-every 4 --eval-every 4
+        --reward $2 --save-every 4 --eval-every 4
 }
 
-sft() {
-    echo python cold_start.py sft --teachers $(teachers "$ALL") --prompts $(files "$ALL" train) --steps 24 \
-        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4
-}
-
-distill() {  # distill TASKS [SEED [OPTIONS]]: its teachers'; no table at the end
-    echo python distill.py --teachers $(teachers "$@") --prompts $(files "$1" train) --eval-prompts --reward \
+distill() {  # distill TEACHERS: no table at the end
+    echo python distill.py --teachers $1 --prompts $(files "$ALL" train) --eval-prompts --reward \
         --batch-size 32 --micro-batch-size 32 --ema 0.5 --eval-every 1000 --save-every 4 --keep 100
 }
 
-# -- stage 1: teachers -------------------------------------------------------------------------------------
 # A rollout is 16 prompts x 16 pictures and 4 updates for the hard task and what it takes part in, else half.
-
 small="--batch-size 8 --updates-per-rollout 2 --lr 3e-3"
 large="--batch-size 16 --updates-per-rollout 4 --lr 2e-3"
-run compose-0 $(grpo compose) $large --steps 32
-run ocr-0 $(grpo ocr) $small --steps 16
-run scene-0 $(grpo scene) $small --steps 12
-# MAR's anchor: one reward on everybody's prompts
-run quality-0 $(grpo "$ALL") $small --reward toy.quality --eval-every 8 --steps 8
+cat toy/prompts/{compose,ocr,scene}_train.txt > $R/all_train.txt
 
 for s in $SEEDS; do
-    # GRPO on three, two and one of the rewards, with as many pictures and updates as their teachers together;
-    # the single ones show how much a teacher owes to its seed
-    run mix-$s $(grpo "$ALL") $large --eval-every 23 --steps 46 --seed $s
-    run stack2-$s $(grpo "ocr scene") $small --eval-every 7 --steps 28 --seed $s
-    run compose-$s $(grpo compose) $large --steps 32 --seed $s
-    run ocr-$s $(grpo ocr) $small --steps 16 --seed $s
-    run scene-$s $(grpo scene) $small --steps 12 --seed $s
-    need compose-0 ocr-0 scene-0 quality-0
+    # -- stage 1: teachers ---------------------------------------------------------------------------------
+    # Each on its own reward (kind ""), and on 0.8 of it and 0.2 of a task-agnostic one (q: quality, which
+    # helps the tasks; c: calm, which conflicts with them); and the two teachers of those, on all prompts
+    run compose-$s $(grpo compose toy.compose) $large --steps 32 --seed $s
+    run ocr-$s $(grpo ocr toy.ocr) $small --steps 16 --seed $s
+    run scene-$s $(grpo scene toy.scene) $small --steps 12 --seed $s
+    run quality-$s $(grpo "$ALL" toy.quality) $small --eval-every 8 --steps 8 --seed $s
+    run calm-$s $(grpo "$ALL" toy.calm) $small --eval-every 8 --steps 8 --seed $s
+    for kind in q=quality c=calm; do
+        k=${kind%=*} besides=toy.${kind#*=}=0.2
+        run compose$k-$s $(grpo compose "toy.compose=0.8 $besides") $large --steps 32 --seed $s
+        run ocr$k-$s $(grpo ocr "toy.ocr=0.8 $besides") $small --steps 16 --seed $s
+        run scene$k-$s $(grpo scene "toy.scene=0.8 $besides") $small --steps 12 --seed $s
+    done
 
-    # stage 2: cold starts
-    run merge python cold_start.py merge --teachers $(teachers "$ALL")
-    run sft-$s $(sft) --seed $s
-    run sft-kl-$s $(sft) --seed $s --weighting kl
-    need merge
+    # -- the baseline: GRPO-Mix, with as many pictures and updates as the teachers together ----------------
+    # without quality; with it as the paper's text has it, 1:1, and its code, 0.8 and 0.2, mixed and in whole
+    # rollouts of one task in turn; with calm at four weights; and on two of the tasks
+    run mix-$s $(grpo "$ALL" "$(rewards "$ALL" 1)") $large --steps 46 --seed $s
+    run mixq1-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.quality=1") $large --steps 46 --seed $s
+    run mixq-$s $(grpo "$ALL" "$(rewards "$ALL" 0.8) toy.quality=0.2") $large --steps 46 --seed $s
+    run mixturns-$s $(grpo "$ALL" "$(rewards "$ALL" 0.8) toy.quality=0.2") $large --steps 46 --seed $s \
+        --schedule alternate
+    for w in 0.25 0.5 1 2; do
+        run mixcalm${w/./}-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.calm=$w") $large --steps 46 --seed $s
+    done
+    run stack2-$s $(grpo "ocr scene" "$(rewards "ocr scene" 1)") $small --eval-every 7 --steps 28 --seed $s
 
-    # stage 3: Flow-OPD, from every start, and GRPO-Mix from the same starts with as many pictures: 5 rollouts
-    # of 256, 40 updates of 32
-    mar="--anchor $R/quality-0/lora --steps 40 --seed $s"
-    run opd-merge-$s $(distill "$ALL") --init $R/merge/lora $mar
-    run opd-kl-$s $(distill "$ALL") --init $R/merge/lora $mar --weighting kl
-    run opd-guided-$s $(distill "$ALL" | guided) --init $R/merge/lora $mar
-    run opd-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 $mar
-    run opd-kl-none-$s $(distill "$ALL") --init none --rank 16 --alpha 32 $mar --weighting kl
-    need sft-$s sft-kl-$s
-    run opd-sft-$s $(distill "$ALL") --init $R/sft-$s/lora $mar
-    run opd-kl-sft-$s $(distill "$ALL") --init $R/sft-kl-$s/lora $mar --weighting kl
-    run mix-none-$s $(grpo "$ALL") $large --steps 5 --seed $s
-    run mix-sft-$s $(grpo "$ALL") $large --init $R/sft-$s/lora --steps 5 --seed $s
-    run mix-merge-$s $(grpo "$ALL") $large --init $R/merge/lora --steps 5 --seed $s
+    # -- stage 2: cold starts ------------------------------------------------------------------------------
+    need $(for t in compose ocr scene; do echo $t-$s ${t}q-$s ${t}c-$s; done) quality-$s calm-$s
+    for k in "" q c; do
+        run merge$k-$s python cold_start.py merge --teachers $(teachers "$k" $s)
+    done
+    run sft-$s python cold_start.py sft --teachers $(teachers "" $s) --prompts $(files "$ALL" train) \
+        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s
+    need merge-$s mergeq-$s mergec-$s sft-$s
 
-    # the same with teachers of its own seed: a teacher's luck is its student's
-    need compose-$s ocr-$s scene-$s
-    run merge-own-$s python cold_start.py merge --teachers $(teachers "$ALL" $s)
-    need merge-own-$s
-    run opd-own-$s $(distill "$ALL" $s) --init $R/merge-own-$s/lora $mar
+    # -- stage 3: Flow-OPD, 40 updates of 32 pictures, each with the teachers of its seed ------------------
+    steps="--steps 40 --seed $s"
+    start="--init $R/merge-$s/lora"
+    opd=$(distill "$(teachers "" $s)")
+    run opd-$s $opd $start $steps --anchor $R/quality-$s/lora
+    run opdsft-$s $opd --init $R/sft-$s/lora $steps --anchor $R/quality-$s/lora
+    run opdnone-$s $opd --init none --rank 16 --alpha 32 $steps --anchor $R/quality-$s/lora
+    run opdguided-$s $(distill "$(teachers "" $s | guided)") $start $steps --anchor $R/quality-$s/lora
+    run opdstrong-$s $opd $start $steps --anchor $R/quality-$s/lora --anchor-weight 0.2
+    run opdq-$s $(distill "$(teachers q $s)") --init $R/mergeq-$s/lora $steps --anchor none
+    # The same number of pictures for GRPO-Mix: 5 rollouts of 256
+    run mixnone-$s $(grpo "$ALL" "$(rewards "$ALL" 1)") $large --steps 5 --seed $s
+    run mixsft-$s $(grpo "$ALL" "$(rewards "$ALL" 1)") $large --init $R/sft-$s/lora --steps 5 --seed $s
+    run mixmerge-$s $(grpo "$ALL" "$(rewards "$ALL" 1)") $large $start --steps 5 --seed $s
 
-    # MAR: without, with the base as anchor, and with the quality teacher at ten times the weight
-    brief="--init $R/merge/lora --steps 24 --seed $s"
-    run opd-noanchor-$s $(distill "$ALL") $brief --anchor none
-    run opd-baseanchor-$s $(distill "$ALL") $brief --anchor base
-    run opd-strong-$s $(distill "$ALL") $brief --anchor $R/quality-0/lora --anchor-weight 0.2
+    # -- the front: calm as an anchor, in the teachers, and as one more task -------------------------------
+    run opdcalm0-$s $opd $start $steps --anchor none
+    for w in 0.02 0.1 0.3 1; do
+        run opdcalm${w/./}-$s $opd $start $steps --anchor $R/calm-$s/lora --anchor-weight $w
+    done
+    run opdc-$s $(distill "$(teachers c $s)") --init $R/mergec-$s/lora $steps --anchor none
+    run opdrouted-$s $(distill "$(teachers "" $s) calm=$R/calm-$s/lora") $start $steps --anchor none \
+        --prompts $(files "$ALL" train) calm=$R/all_train.txt
+
+    # -- the way up: ten rollouts of GRPO-Mix from Flow-OPD's student, its KL to the base or to the teachers
+    need opdcalm0-$s
+    for reward in quality calm; do
+        up="$(grpo "$ALL" "$(rewards "$ALL" 1) toy.$reward=1") $large --init $R/opdcalm0-$s/lora --steps 10"
+        run up$reward-$s $up --seed $s
+        run upkl$reward-$s $up --seed $s --teachers $(teachers "" $s | sed 's/,weight=2//')
+    done
+
+    # -- other methods, at as many pictures, without an anchor of their own --------------------------------
+    run paper-$s $opd $start $steps --anchor none --weighting kl
+    run released-$s $opd $start $steps --weighting kl-dt --schedule alternate --anchor base \
+        --anchor-weight 0.04
+    run diffusionopd-$s $opd $start $steps --anchor none --sde ode --weighting dt2 --schedule alternate
+    run danceopd-$s $opd $start $steps --anchor none --sde ode --label-steps 1 --label-density 5 2
+
+    # -- one change at a time, 8 rollouts ------------------------------------------------------------------
+    plain="$start --anchor none --steps 8 --seed $s"
+    run try-$s $opd $plain
+    run tryppo-$s $opd $plain --objective ppo --clip-range 0.1 --lr 5e-4
+    run trypaper-$s $opd $plain --objective ppo-paper --clip-range 0.1 --lr 5e-4
+    run trykl-$s $opd $plain --weighting kl
+    run tryode-$s $opd $plain --sde ode
+    run trycps-$s $opd $plain --sde cps
+    run tryhalf-$s $opd $plain --label-steps 4
+    run tryone-$s $opd $plain --label-steps 1
+    run tryturns-$s $opd $plain --schedule alternate
 done
 
-# -- what came of it, on test prompts ----------------------------------------------------------------------
+# -- three seeds' compose teachers in one student: more than any of them? ----------------------------------
+set -- $SEEDS
+if [ $# = 3 ]; then
+    several=$(for s; do echo compose$s=$R/compose-$s/lora; done)
+    prompts=$(for s; do echo compose$s=toy/prompts/compose_train.txt; done)
+    run mergeall python cold_start.py merge --teachers $several
+    need mergeall
+    for s; do
+        run ensemble-$s python distill.py --teachers $several --prompts $prompts --init $R/mergeall/lora \
+            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --ema 0.5 \
+            --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
+    done
+    need $(every_seed ensemble)
+fi
 
-singles=$(every_seed compose ocr scene stack2 mix)
-cold_starts=$(every_seed sft sft-kl mix-{none,sft,merge})
-students=$(every_seed opd-{none,sft,merge,own,kl,guided,kl-none,kl-sft})
-anchors=$(every_seed opd-{noanchor,baseanchor,strong})
-need $singles $cold_starts $students $anchors
-scores="--reward toy.compose toy.ocr toy.scene toy.quality"
-evaluate test --tasks $(files "$ALL" test) $scores --models base $(loras quality-0 merge) \
-    compose-guided-0=$R/compose-0/lora,guidance=1.5 ocr-guided-0=$R/ocr-0/lora,guidance=1.5 \
-    $(loras $singles $cold_starts $students) \
-    $(for s in $SEEDS; do echo mix-guided-$s=$R/mix-$s/lora,guidance=1.5; done)
-new="--samples-per-prompt 2 --models base $(loras compose-0 ocr-0 scene-0 quality-0 merge)"
-new+=" $(loras $(every_seed mix opd-merge))"
+# -- what came of it ---------------------------------------------------------------------------------------
+
+mixes=$(every_seed mix mixq1 mixq mixturns mixcalm{025,05,1,2} stack2 mix{none,sft,merge})
+students=$(every_seed sft merge opd{,sft,none,guided,strong,q,c,routed} opdcalm{0,002,01,03,1})
+ups=$(every_seed up{,kl}{quality,calm})
+others=$(every_seed paper released diffusionopd danceopd)
+tries=$(every_seed try{,ppo,paper,kl,ode,cps,half,one,turns})
+singles=$(every_seed {compose,ocr,scene}{,q,c} quality calm)
+need $singles $mixes $students $ups $others $tries
+scores="--reward toy.compose toy.ocr toy.scene toy.quality toy.calm"
+evaluate val --tasks $(files "$ALL" val) $scores --models base $(loras $singles $mixes $students $ups) \
+    $(loras $others $tries) \
+    $(for s in $SEEDS; do for u in 04 08 16 24 32; do
+        echo opdafter$u-$s=$R/opd-$s/checkpoints/0000$u/lora
+    done; done)
+evaluate test --tasks $(files "$ALL" test) $scores --models base $(loras $singles $mixes $students $ups) \
+    $(loras $others) $(if [ -e $R/ensemble-0.done ]; then loras mergeall $(every_seed ensemble); fi) \
+    $(for s in $SEEDS; do for t in compose ocr; do
+        echo ${t}guided-$s=$R/$t-$s/lora,guidance=1.5
+    done; done)
+new="--samples-per-prompt 2 --models base $(loras $(every_seed compose ocr scene mixq opd))"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt \
     --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
-
-# -- what the paper does not have: one change at a time ----------------------------------------------------
-# 8 rollouts from the merge without an anchor; on validation prompts.
-
-run merge-svd python cold_start.py merge --teachers $(teachers "$ALL") --method svd --rank 16
-run merge-factors python cold_start.py merge --teachers $(teachers "$ALL") --method factors
-need merge-svd merge-factors
-for s in $SEEDS; do
-    plain="--init $R/merge/lora --anchor none --steps 8 --seed $s"
-    run try-default-$s $(distill "$ALL") $plain
-    run try-ppo-$s $(distill "$ALL") $plain --objective ppo --clip-range 0.1 --lr 5e-4
-    run try-ppo-paper-$s $(distill "$ALL") $plain --objective ppo-paper --clip-range 0.1 --lr 5e-4
-    run try-kl-$s $(distill "$ALL") $plain --weighting kl
-    run try-ode-$s $(distill "$ALL") $plain --sde ode
-    run try-cps-$s $(distill "$ALL") $plain --sde cps
-    # labelled steps are drawn anew for every rollout; DanceOPD draws one, from Beta(5, 2)
-    run try-half-$s $(distill "$ALL") $plain --label-steps 4
-    run try-one-$s $(distill "$ALL") $plain --label-steps 1
-    run try-danceopd-$s $(distill "$ALL") $plain --label-steps 1 --label-density 5 2 --steps 20
-    run try-alternate-$s $(distill "$ALL") $plain --schedule alternate
-    run try-two-teachers-$s $(distill "compose ocr") $plain
-    run try-one-teacher-$s $(distill compose) $plain
-    run try-guided-$s $(distill "$ALL" 0 ,guidance=1.5) $plain
-    run try-svd-$s $(distill "$ALL") $plain --init $R/merge-svd/lora
-    run try-factors-$s $(distill "$ALL") $plain --init $R/merge-factors/lora
-done
-tries=$(every_seed try-{default,kl,ppo,ppo-paper,ode,cps,half,one,danceopd,alternate})
-tries+=" $(every_seed try-{two-teachers,one-teacher,guided,svd,factors})"
-need $tries
-evaluate val --tasks $(files "$ALL" val) $scores --models base \
-    $(loras compose-0 ocr-0 scene-0 merge merge-svd merge-factors $tries) \
-    $(for t in $ALL; do echo $t-guided-0=$R/$t-0/lora,guidance=1.5; done) \
-    $(for u in 08 16 24 32 40; do echo opd-after-$u=$R/opd-merge-0/checkpoints/0000$u/lora; done)
-evaluate pairs --tasks $(files "$ALL" val) $scores --samples-per-prompt 2 --models base \
-    $(loras quality-0 merge $(every_seed mix) $anchors) \
-    $(for s in $SEEDS; do echo opd-anchor-$s=$R/opd-merge-$s/checkpoints/000024/lora; done)
+evaluate pairs --tasks $(files "$ALL" val) $scores --samples-per-prompt 2 \
+    --models base $(loras $(every_seed quality mixq opdcalm0 opd opdstrong))
 python experiments/tables.py

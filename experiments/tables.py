@@ -1,11 +1,12 @@
 """What reproduce.sh measured, as tables and figures. Reads out/reproduce; writes tables.md, tables.json,
-curves.png and samples.png into this folder, and the tables also into its README.md, between two comments.
+front.png, curves.png and samples.png into this folder, and the tables also into its README.md, between two
+comments.
 
     python experiments/tables.py
 
-An arm that was trained with several seeds has their mean ± its standard error over the seeds; an arm with one
-run has the standard error over its prompts. "average" is of the three routed tasks; quality, which no prompt
-is routed by, stands beside it.
+Every arm has a run for each seed, with teachers of that seed: its mean ± its standard error over the seeds,
+which contains the teachers' luck. The base has one, and the standard error over its prompts. "average" is of
+the three routed tasks; quality and calm, which no prompt is routed by, stand beside it.
 """
 
 import functools
@@ -23,108 +24,139 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the scripts lie one folder above
-from flow_sde import die, load_prompts, save_grid, write, write_json
+from flow_sde import die, load_prompts, read_log, save_grid, write, write_json
 from rewards import markdown, read_picture
 
 HERE = pathlib.Path(__file__).resolve().parent
 RUNS = HERE.parent / "out/reproduce"
 TASKS = ("compose", "ocr", "scene")
-TEACHERS = {f"{task} (GRPO teacher)": f"{task}-0" for task in TASKS}
+PICTURES = {"mix": 256, "opd": 32}  # of a rollout
 
 # Of each table: the arms' labels and names, those of reproduce.sh
+TEACHERS = {f"{task} (teacher)": task for task in TASKS}
 STACKING = {
     "base": "base",
     "GRPO on ocr": "ocr",
     "GRPO on ocr, scene": "stack2",
-    "GRPO on ocr, scene, compose (GRPO-Mix)": "mix",
+    "GRPO on ocr, scene, compose": "mix",
+    "and on quality": "mixq1",
+    "GRPO on ocr, scene, compose and calm": "mixcalm1",
+}
+MIXES = {
+    "GRPO-Mix, no quality": "mix",
+    "GRPO-Mix, quality 1 : 1 (the paper's text)": "mixq1",
+    "GRPO-Mix, 0.8 + 0.2 of quality (its code)": "mixq",
+    "GRPO-Mix, 0.8 + 0.2, whole rollouts in turn (its code)": "mixturns",
 }
 MAIN = {
     "base": "base",
     **TEACHERS,
-    "these three, each on its own task": "teachers",
-    "quality (GRPO teacher, the anchor)": "quality-0",
-    "GRPO-Mix": "mix",
+    "the three teachers, each on its own task": "teachers",
+    "teachers trained with 0.2 of quality, each on its own task": "teachersq",
+    "quality (teacher, the anchor)": "quality",
+    **MIXES,
     "SFT alone": "sft",
     "merge alone": "merge",
-    "Flow-OPD from SFT": "opd-sft",
-    "**Flow-OPD from merge**": "opd-merge",
-    "Flow-OPD from merge, every seed with teachers of its own": "opd-own",
-    "Flow-OPD from merge, `--weighting kl` (the paper's)": "opd-kl",
-    "Flow-OPD from merge, compose and ocr taught with guidance 1.5": "opd-guided",
-    "GRPO-Mix, sampled with guidance 1.5 (twice the cost)": "mix-guided",
+    "Flow-OPD from SFT": "opdsft",
+    "**Flow-OPD from merge**": "opd",
+    "Flow-OPD, `--weighting kl` (the paper's), no anchor": "paper",
+    "Flow-OPD, teachers trained with 0.2 of quality, no anchor": "opdq",
+    "Flow-OPD, compose and ocr taught with guidance 1.5": "opdguided",
 }
 COLD_STARTS = {
     "no cold start": "base",
-    "no cold start, GRPO-Mix": "mix-none",
-    "no cold start, Flow-OPD": "opd-none",
+    "no cold start, GRPO-Mix": "mixnone",
+    "no cold start, Flow-OPD": "opdnone",
     "SFT": "sft",
-    "SFT, then GRPO-Mix": "mix-sft",
-    "SFT, then Flow-OPD": "opd-sft",
+    "SFT, then GRPO-Mix": "mixsft",
+    "SFT, then Flow-OPD": "opdsft",
     "merge": "merge",
-    "merge, then GRPO-Mix": "mix-merge",
-    "merge, then Flow-OPD": "opd-merge",
-    "`--weighting kl` (the paper's): no cold start, Flow-OPD": "opd-kl-none",
-    "`--weighting kl`: SFT": "sft-kl",
-    "`--weighting kl`: SFT, then Flow-OPD": "opd-kl-sft",
-    "`--weighting kl`: merge, then Flow-OPD": "opd-kl",
+    "merge, then GRPO-Mix": "mixmerge",
+    "merge, then Flow-OPD": "opd",
 }
 MAR = {
     "base": "base",
-    "the anchor": "quality-0",
-    "GRPO-Mix": "mix",
-    "merge": "merge",
-    "Flow-OPD, no MAR": "opd-noanchor",
-    "MAR, the base as anchor": "opd-baseanchor",
-    "MAR, the quality teacher as anchor": "opd-anchor",
-    "MAR, the quality teacher as anchor, λ = 0.2": "opd-strong",
+    "the anchor": "quality",
+    "GRPO-Mix, 0.8 + 0.2 of quality": "mixq",
+    "Flow-OPD, no MAR": "opdcalm0",
+    "MAR, the quality teacher as anchor": "opd",
+    "MAR, the quality teacher as anchor, λ = 0.2": "opdstrong",
 }
 NEW_PROMPTS = {
     "base": "base",
     **TEACHERS,
-    "GRPO-Mix": "mix",
-    "merge": "merge",
-    "Flow-OPD from merge": "opd-merge",
+    "GRPO-Mix, 0.8 + 0.2 of quality": "mixq",
+    "Flow-OPD from merge": "opd",
+}
+FRONTS = {  # lines of {label: arm}
+    "GRPO-Mix, weight of calm": {
+        "0": "mix",
+        "0.25": "mixcalm025",
+        "0.5": "mixcalm05",
+        "1": "mixcalm1",
+        "2": "mixcalm2",
+    },
+    "Flow-OPD, λ of the calm anchor": {
+        "0": "opdcalm0",
+        "0.02": "opdcalm002",
+        "0.1": "opdcalm01",
+        "0.3": "opdcalm03",
+        "1": "opdcalm1",
+    },
+    "Flow-OPD, teachers trained with 0.2 of calm": {"": "opdc"},
+    "Flow-OPD, calm as one more task": {"": "opdrouted"},
+    "Flow-OPD, then 10 rollouts of GRPO-Mix": {"": "upcalm"},
+    "the same, KL to the teachers": {"": "upklcalm"},
+}
+WAY_UP = {
+    "Flow-OPD, no anchor (1,280 pictures)": "opdcalm0",
+    "then 10 rollouts of GRPO-Mix, quality 1 : 1 (2,560 more)": "upquality",
+    "the same, KL to the teachers": "upklquality",
+    "GRPO-Mix, quality 1 : 1 (11,776)": "mixq1",
+    "then 10 rollouts of GRPO-Mix, calm 1 : 1 (2,560 more)": "upcalm",
+    "the same, with the KL to the teachers": "upklcalm",
+    "GRPO-Mix, calm 1 : 1 (11,776)": "mixcalm1",
+}
+OTHERS = {
+    "**ours**: equal weights, flow-SDE, all steps": "opdcalm0",
+    "Flow-OPD's paper: the KL's own weights": "paper",
+    "Flow-OPD as released: KL x dt, tasks in turn, the base as anchor": "released",
+    "DiffusionOPD: ODE, dt²/2, tasks in turn": "diffusionopd",
+    "DanceOPD: ODE, one step a rollout from Beta(5, 2)": "danceopd",
 }
 ONE_CHANGE = {
     "merge, the start": "merge",
-    "**the default**": "try-default",
-    "`--objective ppo --lr 5e-4 --clip-range 0.1` (two updates a rollout)": "try-ppo",
-    "`--objective ppo-paper --lr 5e-4 --clip-range 0.1` (two)": "try-ppo-paper",
-    "`--weighting kl`": "try-kl",
-    "`--sde ode`": "try-ode",
-    "`--sde cps`": "try-cps",
-    "`--label-steps 4`": "try-half",
-    "`--label-steps 1`": "try-one",
-    "`--label-steps 1 --label-density 5 2`, 20 rollouts": "try-danceopd",
-    "`--schedule alternate`": "try-alternate",
-    "two teachers: compose, ocr": "try-two-teachers",
-    "one teacher: compose": "try-one-teacher",
-    "teachers guided by 1.5, the student by 1": "try-guided",
-    "merge `--method svd`, the start": "merge-svd",
-    "from the svd merge": "try-svd",
-    "merge `--method factors`, the start": "merge-factors",
-    "from the factors merge": "try-factors",
+    "**the default**": "try",
+    "`--objective ppo --lr 5e-4 --clip-range 0.1` (two updates a rollout)": "tryppo",
+    "`--objective ppo-paper --lr 5e-4 --clip-range 0.1` (two)": "trypaper",
+    "`--weighting kl`": "trykl",
+    "`--sde ode`": "tryode",
+    "`--sde cps`": "trycps",
+    "`--label-steps 4`": "tryhalf",
+    "`--label-steps 1`": "tryone",
+    "`--schedule alternate`": "tryturns",
+}
+SURPASSING = {
+    "Flow-OPD from merge": "opd",
+    "Flow-OPD from SFT": "opdsft",
+    "Flow-OPD, no anchor": "opdcalm0",
+    "three seeds' compose teachers in one student": "ensemble",
 }
 SECONDS = {
     "GRPO-Mix (256 pictures, 4 updates)": "mix",
     "SFT (32 pictures, one update, as the others)": "sft",
-    "Flow-OPD": "opd-merge",
-    "with two guided teachers": "opd-guided",
-    "without an anchor": "try-default",
-    "and half of the steps labelled": "try-half",
-    "or one": "try-one",
-    "or ODE rollouts": "try-ode",
-    "or ppo (two updates)": "try-ppo",
-    "or from a start of rank 16": "try-svd",
+    "Flow-OPD": "opd",
+    "with two guided teachers": "opdguided",
+    "without an anchor": "try",
+    "and half of the steps labelled": "tryhalf",
+    "or one": "tryone",
+    "or ODE rollouts": "tryode",
+    "or ppo (two updates)": "tryppo",
 }
 
 
 # ------------------------------------------------------------------------------------------------------------
 # what was measured
-
-
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 def mean_of_tasks(row):
@@ -135,9 +167,9 @@ def mean_of_tasks(row):
 
 @functools.cache
 def read(evaluation):
-    """An evaluation's rows, each with its average, by arm and by run: {"mix": [row of seed 0, of seed 1,
-    ...], "mix-0": [row], "base": [row]}. "teachers" is all three, each on its own task, as one model: about
-    what a student of theirs can reach."""
+    """An evaluation's rows, each with its average, by arm: {"mix": {seed: row}, "base": {None: row}}.
+    "teachers" are all three of a seed, each on its own task, as one model: about what a student of theirs can
+    reach; "teachersq" those trained with quality besides, "teachersc" with calm."""
     path = RUNS / evaluation / "results.json"
     if not path.exists():
         die(f"{path} is missing: bash experiments/reproduce.sh makes it")
@@ -147,21 +179,23 @@ def read(evaluation):
             average, row["stderr"]["average"] = mean_of_tasks(row)
             first = {task: row["scores"][task] for task in TASKS} | {"average": average}
             row["scores"] = first | row["scores"]
-        arm = re.sub(r"-\d+$", "", row["model"])
-        for name in {row["model"], arm}:
-            arms.setdefault(name, []).append(row)
-    teachers = {task: arms[f"{task}-0"][0] for task in TASKS if f"{task}-0" in arms}
-    if len(teachers) == 3 and all("average" in row["scores"] for row in teachers.values()):
-        together = {"model": "{task}-0", "scores": {}, "stderr": {}}
-        for task, row in teachers.items():
-            together["scores"][task], together["stderr"][task] = row["scores"][task], row["stderr"][task]
-        together["scores"]["average"], together["stderr"]["average"] = mean_of_tasks(together)
-        arms["teachers"] = [together]
+        arm, seed = re.fullmatch(r"(.*?)(?:-(\d+))?", row["model"]).groups()
+        arms.setdefault(arm, {})[seed] = row
+    for kind in ("", "q", "c"):
+        for seed in arms.get(f"compose{kind}", {}):
+            rows = {task: arms.get(f"{task}{kind}", {}).get(seed, {"scores": {}}) for task in TASKS}
+            if all("average" in row["scores"] for row in rows.values()):
+                together = {"model": f"{{task}}{kind}-{seed}"}
+                for what in ("scores", "stderr"):
+                    together[what] = {task: rows[task][what][task] for task in TASKS}
+                together["scores"]["average"], together["stderr"]["average"] = mean_of_tasks(together)
+                arms.setdefault(f"teachers{kind}", {})[seed] = together
     return arms
 
 
-def summary(rows, label):
-    """The rows of an arm as one: over seeds if there are several, else over prompts."""
+def summary(runs, label):
+    """The rows of an arm {seed: row} as one: over seeds if there are several, else over prompts."""
+    rows = list(runs.values())
     out = {"model": label, "runs": len(rows), "scores": {}, "stderr": {}}
     for name in rows[0]["scores"]:
         values = [row["scores"][name] for row in rows]
@@ -172,29 +206,31 @@ def summary(rows, label):
     return out
 
 
-def scores_by_picture(evaluation, run, task):
-    folder = RUNS / evaluation / run["model"].format(task=task) / task
+@functools.cache
+def scores_by_picture(evaluation, model, task):
+    folder = RUNS / evaluation / model.format(task=task) / task
     scores = {}
     for file in folder.glob("scores*.jsonl"):
-        for row in read_lines(file):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
             if row["reward"].split()[0] == f"toy.{task}":
                 scores[row["picture"]] = row["score"]
     return scores
 
 
-def paired(evaluation, runs, others, tasks=TASKS):
+def paired(evaluation, arm, other, tasks=TASKS):
     """How far an arm is above another on the average of `tasks`, (mean, standard error): seed by seed, prompt
     by prompt on the same noise, which is far more exact than two tables' errors. The error has two parts, of
-    the prompts (gaps averaged over seeds) and of the seeds; an arm with one run is set against every seed of
-    the other, and adds no seed error of its own."""
+    the prompts (gaps averaged over seeds) and of the seeds."""
+    arms = read(evaluation)
+    ours, theirs = list(arms[arm].values()), list(arms[other].values())
     gaps = []  # of each task: (seeds, prompts)
     for task in tasks:
-        ours = [scores_by_picture(evaluation, run, task) for run in runs]
-        theirs = [scores_by_picture(evaluation, run, task) for run in others]
-        pictures, by_seed = sorted(theirs[0]), []
+        by_seed = []
         for k in range(max(len(ours), len(theirs))):
-            one, other = ours[k % len(ours)], theirs[k % len(theirs)]
-            by_seed.append([one[picture] - other[picture] for picture in pictures])
+            one, another = ours[k % len(ours)]["model"], theirs[k % len(theirs)]["model"]
+            one, another = (scores_by_picture(evaluation, model, task) for model in (one, another))
+            by_seed.append([one[picture] - another[picture] for picture in sorted(another)])
         gaps.append(torch.tensor(by_seed, dtype=torch.float64))
     of_seeds = sum(gap.mean(1) for gap in gaps) / len(tasks)
     variance = sum(gap.mean(0).var() / gap.shape[1] for gap in gaps) / len(tasks) ** 2
@@ -203,16 +239,21 @@ def paired(evaluation, runs, others, tasks=TASKS):
     return of_seeds.mean().item(), math.sqrt(variance)
 
 
+def in_words(gap, error):
+    """A difference, its error, and how many of them it is."""
+    return f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})"
+
+
 def log(run, key):
     """[(step, value)] of a run's log."""
-    return [(row["step"], row[key]) for row in read_lines(RUNS / run / "log.jsonl") if key in row]
+    return [(row["step"], row[key]) for row in read_log(RUNS / run) if key in row]
 
 
 def median_seconds(arm):
     seconds = []
     for folder in RUNS.glob(f"{arm}-[0-9]"):
         seconds += [value for _, value in log(folder.name, "seconds")]
-    return sorted(seconds)[len(seconds) // 2]
+    return statistics.median(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,102 +269,107 @@ def table(title, evaluation, arms, default=None):
     for label, arm in arms.items():
         if arm in found:
             row = summary(found[arm], label)
-            if default and arm != default:
-                gap, error = paired(evaluation, found[arm], found[default])
+            if default and arm != default and "average" in row["scores"]:
+                gap, error = paired(evaluation, arm, default)
                 row["scores"]["over the default"], row["stderr"]["over the default"] = gap, error
             rows.append(row)
-    seeds = sorted({str(row["runs"]) for row in rows if row["runs"] > 1})
-    note = f"{'/'.join(seeds)} seeds each"
-    single = [row["model"] for row in rows if row["runs"] == 1]
-    if single:
-        note += f"; one run: {'; '.join(single)}"
     tables[title] = rows
-    page.append(f"### {title}\n\n{markdown(rows)}\n\n{note}.")
+    page.append(f"### {title}\n\n{markdown(rows)}")
 
 
-def teachers_by_seed():
-    parts = []
-    for task in TASKS:
-        runs = read("test")[task]
-        own = summary(runs, task)
-        single = ", ".join(f"{run['scores'][task]:.3f}" for run in runs)
-        parts.append(f"{task} {own['scores'][task]:.3f} ± {own['stderr'][task]:.3f}, {single}")
-    page.append(f"These teachers are of seed 0. Over the seeds, on their own tasks: {'; '.join(parts)}.")
+def best_mix():
+    """The mix that is best on validation prompts."""
+    val = read("val")
+    return max(MIXES.values(), key=lambda arm: summary(val[arm], arm)["scores"]["average"])
 
 
-def flow_opd_over_others():
-    test, rows = read("test"), []
-    for label, arm in MAIN.items():
-        if arm not in ("opd-merge", "opd-own", "opd-kl", "opd-guided"):
-            continue
-        gaps = [paired("test", test[arm], test[mix]) for mix in ("mix", "mix-guided")]
+def over_the_mix():
+    best = best_mix()
+    label = next(label for label, arm in MIXES.items() if arm == best)
+    page.append(f"The best on validation prompts is: {label}. Over it, paired by seed, prompt and noise:")
+    lines = []
+    for name in ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided"):
+        label = next(label for label, arm in MAIN.items() if arm == name)
+        lines.append(f"- {label}: {in_words(*paired('test', name, best))}")
+    page.append("\n".join(lines))
+
+
+def surpassing():
+    """Students beside the teachers of their seeds."""
+    rows = ["| student | compose, over its teacher | ocr | scene |\n|---|---|---|---|"]
+    for label, arm in SURPASSING.items():
+        if arm in read("test"):
+            tasks = ["compose"] if arm == "ensemble" else TASKS
+            cells = [in_words(*paired("test", arm, task, [task])) for task in tasks]
+            rows.append(f"| {' | '.join([label, *cells])} |")
+    page.append(
+        "### (j) Is a student better than its teachers?\n\n"
+        "On each task, over the teacher of its seed (the last over each of the three), paired by prompt and "
+        "noise; in brackets the number of standard errors.\n\n" + "\n".join(rows)
+    )
+
+
+def cost(seed, arm):
+    """Pictures and seconds until every task is within 0.02 of its teacher, on validation prompts; None if it
+    never is."""
+    val = read("val")
+    goals = {task: val[task][seed]["scores"][task] - 0.02 for task in TASKS}
+    if arm == "opd":
+        reached = {0: val["merge"][seed]["scores"], 40: val["opd"][seed]["scores"]}
+        for name, runs in val.items():
+            if name.startswith("opdafter") and seed in runs:
+                reached[int(name.removeprefix("opdafter"))] = runs[seed]["scores"]
+    else:
+        reached = {}
         for task in TASKS:
-            teacher = f"{task}-0"
-            if arm == "opd-own":
-                teacher = task
-            elif arm == "opd-guided" and task != "scene":
-                teacher = f"{task}-guided-0"
-            gaps.append(paired("test", test[arm], test[teacher], [task]))
-        cells = [f"{gap:+.3f} ± {error:.3f} ({gap / error:+.1f})" for gap, error in gaps]
+            for step, score in log(f"{arm}-{seed}", f"validation/{task}"):
+                reached.setdefault(step, {})[task] = score
+    for step in sorted(reached):
+        if all(reached[step][task] >= goal for task, goal in goals.items()):
+            rollouts = log(f"{arm}-{seed}", "seconds")
+            seconds = sum(value for number, value in rollouts if number <= step)
+            return step * PICTURES.get(arm[:3], 256), seconds
+    return None
+
+
+def costs():
+    rows = ["| | pictures, by seed | seconds, by seed |\n|---|---|---|"]
+    seeds = list(read("val")["opd"])
+    for label, arm in {**MIXES, "Flow-OPD from merge, teachers at hand": "opd"}.items():
+        found = [cost(seed, arm) for seed in seeds]
+        cells = [", ".join(f"{pair[k]:,.0f}" if pair else "never" for pair in found) for k in (0, 1)]
         rows.append(f"| {' | '.join([label, *cells])} |")
+    spent = []
+    for task in (*TASKS, "quality"):
+        spent.append(f"{task} {sum(value for _, value in log(f'{task}-{seeds[0]}', 'seconds')):,.0f}")
     page.append(
-        "What Flow-OPD has over GRPO-Mix, and over the teacher of each task, guided if it taught guided; "
-        "paired by prompt and noise, in brackets the number of standard errors:\n\n"
-        "| model | average, over GRPO-Mix | over it with guidance 1.5 | compose, over its teacher "
-        "| ocr | scene |\n|---|---|---|---|---|---|\n" + "\n".join(rows)
+        "### (k) Cost to a level: until every task is within 0.02 of its teacher (validation prompts)\n\n"
+        + "\n".join(rows)
+        + f"\n\nThe teachers of seed {seeds[0]} took 11,776 pictures (compose 8,192, ocr 2,048, scene 1,536),"
+        f" the anchor 1,024; seconds: {', '.join(spent)}. One thread, two runs at a time."
     )
-    gaps = [paired("test", test["teachers"], test[mix]) for mix in ("mix", "mix-guided")]
-    plain, guided = (f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps)
-    page.append(
-        f"The three teachers, each on its own task, are {plain} over GRPO-Mix and {guided} over it with "
-        "guidance: about all that a student of theirs can win."
-    )
-
-
-def kl_by_step():
-    uniform, paper = (log(run, "kl_by_sigma")[-1][1] for run in ("opd-merge-0", "opd-kl-0"))
-    parts = ", ".join(f"{uniform[t] / paper[t]:.2f} at t = {float(t):.2f}" for t in paper)
-    share = list(paper.values())[-1] / sum(paper.values())
-    page.append(
-        "The KL to the teachers at each step of the last rollout, seed 0, over its like under "
-        f"`--weighting kl`: {parts}. Under `--weighting kl` {share:.0%} of it is the last step's."
-    )
-
-
-def guided_teachers():
-    val, parts = read("val"), []
-    for task in TASKS:
-        plain, guided = val[f"{task}-0"][0]["scores"][task], val[f"{task}-guided-0"][0]["scores"][task]
-        parts.append(f"{task} {plain:.3f}, {guided:.3f}")
-    parts = "; ".join(parts)
-    page.append(f"The teachers on their own tasks, without guidance and guided by 1.5: {parts}.")
 
 
 def write_page():
-    table("(a) Reward stacking", "test", STACKING)
+    table("(a) The seesaw: one more reward", "test", STACKING)
     table("(b) The main table", "test", MAIN)
-    teachers_by_seed()
-    flow_opd_over_others()
-    kl_by_step()
-    title = "(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1280"
+    over_the_mix()
+    title = "(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1,280"
     table(title, "test", COLD_STARTS)
-    page.append(
-        "The pictures are those of the last stage: 5 rollouts and 20 updates of GRPO-Mix, 40 updates of "
-        "Flow-OPD. What came before is not counted: the teachers' 11,776 pictures, the anchor's 1,024, SFT's "
-        "768. The merge has rank 48, the others 16. Teachers and GRPO-Mix are the best of their validated "
-        "checkpoints (here of rollouts 4 and 5), SFT and Flow-OPD the last update."
-    )
-    title = "(d) MAR, 24 updates: quality on all prompts and diversity within a prompt"
+    title = "(d) MAR: quality on all prompts and diversity within a prompt"
     table(f"{title} (validation prompts, two pictures each)", "pairs", MAR)
-    title = (
-        "(e) Prompts of kinds that nobody was trained on: three sorts of shapes (compose), one letter (ocr)"
-    )
+    title = "(e) Prompts of kinds that nobody was trained on: three sorts of shapes, one letter"
     table(title, "new", NEW_PROMPTS)
     table("(e) Two skills at once: a sign in a scene", "both", NEW_PROMPTS)
     title = "(f) One change at a time, 8 rollouts from the merge without an anchor"
     note = "(validation prompts; the last column is paired by prompt and noise)"
-    table(f"{title} {note}", "val", ONE_CHANGE, default="try-default")
-    guided_teachers()
+    table(f"{title} {note}", "val", ONE_CHANGE, default="try")
+    front = {f"{line} {label}".strip(): arm for line, arms in FRONTS.items() for label, arm in arms.items()}
+    table("(g) The front: a reward that conflicts", "test", {"calm (teacher)": "calm"} | front)
+    table("(h) The way up: Flow-OPD first, then rewards", "test", WAY_UP)
+    table("(i) Other methods, 1,280 pictures each, from the merge", "test", OTHERS, default="opdcalm0")
+    surpassing()
+    costs()
     times = ", ".join(f"{label} {median_seconds(arm):.1f}" for label, arm in SECONDS.items())
     page.append(f"Median seconds of a rollout and its updates, one thread, two runs at a time: {times}.")
 
@@ -340,28 +386,48 @@ def write_page():
 # figures
 
 
+def draw_front():
+    """The mean of the three tasks against calm, a line for every method."""
+    test = read("test")
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for label, arms in FRONTS.items():
+        rows = [summary(test[arm], arm) for arm in arms.values()]
+        x, y = ([row["scores"][name] for row in rows] for name in ("calm", "average"))
+        x_error, y_error = ([row["stderr"][name] for row in rows] for name in ("calm", "average"))
+        axis.errorbar(x, y, y_error, x_error, marker="o", markersize=4, capsize=2, label=label)
+        for value, text in zip(zip(x, y), arms):
+            axis.annotate(text, value, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axis.set(xlabel="calm, on all prompts", ylabel="mean of the three tasks")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / "front.png", dpi=100)
+
+
 def draw_curves():
-    """KL against updates, and validation scores against pictures sampled, teachers dashed."""
+    """KL against updates, and validation scores against pictures sampled, teachers dashed; the first seed."""
     val = read("val")
+    seed = next(iter(val["opd"]))
     figure, (kl_axis, *axes) = plt.subplots(1, 4, figsize=(16, 3.4))
     for k, task in enumerate(TASKS):
-        for start, style in (("none", ":"), ("sft", "--"), ("merge", "-")):
-            steps, kls = zip(*log(f"opd-{start}-0", f"kl/{task}"))
-            kl_axis.plot(steps, kls, style, color=f"C{k}", label=f"{task}, from {start}", linewidth=1)
+        for start, style in (("none", ":"), ("sft", "--"), ("", "-")):
+            steps, kls = zip(*log(f"opd{start}-{seed}", f"kl/{task}"))
+            label = f"{task}, from {start or 'merge'}"
+            kl_axis.plot(steps, kls, style, color=f"C{k}", label=label, linewidth=1)
     kl_axis.set(title="KL to the teacher", xlabel="update", yscale="log")
     kl_axis.legend(fontsize=6)
     kl_axis.grid(alpha=0.3)
+    best = best_mix()
     for task, axis in zip(TASKS, axes):
-        student = [(0, val["merge"][0]["scores"][task])]
-        for arm, rows in val.items():
-            if arm.startswith("opd-after-"):
-                updates = int(arm.removeprefix("opd-after-"))
-                student.append((32 * updates, rows[0]["scores"][task]))
-        mix = [(0, val["base"][0]["scores"][task])]
-        mix += [(256 * step, score) for step, score in log("mix-0", f"validation/{task}")]
+        student = [(0, val["merge"][seed]["scores"][task]), (1280, val["opd"][seed]["scores"][task])]
+        for arm, runs in val.items():
+            if arm.startswith("opdafter"):
+                student.append((32 * int(arm.removeprefix("opdafter")), runs[seed]["scores"][task]))
+        mix = [(0, val["base"][None]["scores"][task])]
+        mix += [(256 * step, score) for step, score in log(f"{best}-{seed}", f"validation/{task}")]
         axis.plot(*zip(*sorted(student)), "o-", markersize=3, label="Flow-OPD from merge")
         axis.plot(*zip(*mix), "s-", markersize=3, label="GRPO-Mix")
-        axis.axhline(val[f"{task}-0"][0]["scores"][task], linestyle="--", color="grey", label="its teacher")
+        axis.axhline(val[task][seed]["scores"][task], linestyle="--", color="grey", label="its teacher")
         axis.set(title=f"{task} (validation)", xlabel="pictures sampled, without the teachers' own")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -370,9 +436,11 @@ def draw_curves():
 
 
 def draw_samples():
-    """The same prompts and noise for everyone."""
-    models = {"base": "base"} | {f"teacher {task}": f"{task}-0" for task in TASKS}
-    models |= {"GRPO-Mix": "mix-0", "merge": "merge", "Flow-OPD": "opd-merge-0"}
+    """The same prompts and noise for everyone; the first seed."""
+    seed = next(iter(read("test")["opd"]))
+    models = {"base": "base"} | {f"{task} (teacher)": f"{task}-{seed}" for task in TASKS}
+    models |= {"GRPO-Mix": f"{best_mix()}-{seed}", "merge": f"merge-{seed}", "Flow-OPD": f"opd-{seed}"}
+    models |= {"and calm": f"upcalm-{seed}"}
     grid, captions = {label: [] for label in models}, []
     for task in TASKS:
         rows = load_prompts(task, str(HERE.parent / f"toy/prompts/{task}_test.txt"))
@@ -386,6 +454,7 @@ def draw_samples():
 
 if __name__ == "__main__":
     write_page()
+    draw_front()
     draw_curves()
     draw_samples()
-    print("experiments/README.md, tables.md, tables.json, curves.png, samples.png")
+    print("experiments/README.md, tables.md, tables.json, and the figures")

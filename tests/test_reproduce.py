@@ -27,6 +27,7 @@ def reproduce(tmp_path):
     """Run a copy of reproduce.sh on fake programs: f(fail) -> (exit status, what it printed, its calls)."""
     (tmp_path / "experiments").mkdir()
     shutil.copy(os.path.join(ROOT, "experiments/reproduce.sh"), tmp_path / "experiments")
+    shutil.copytree(os.path.join(ROOT, "toy/prompts"), tmp_path / "toy/prompts")
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
         (tmp_path / "bin" / name).write_text(FAKE)
@@ -62,8 +63,8 @@ def test_every_run_once_with_flags_that_exist_and_not_again(reproduce):
                 assert lora in made, call
         assert out_of(call) not in made
         made.append(out_of(call))
-        if out_of(call) == "opd-guided-1":
-            teachers = [word for word in call if "-0/lora" in word and "=" in word]
+        if out_of(call) == "opdguided-1":
+            teachers = [word for word in call if re.match(r"\w+=.*-1/lora", word)]
             assert [word.partition("/lora,")[2] for word in teachers] == [
                 "guidance=1.5,weight=2",
                 "guidance=1.5",
@@ -87,7 +88,9 @@ def test_a_failure_ends_it_and_the_next_start_goes_on(reproduce):
 def test_arms_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
     """Whatever the order of a file's lines; an arm with one run is set against every seed of the other."""
     monkeypatch.setattr(tables, "RUNS", tmp_path)
-    gaps = {"arm-0": (0.1, 0.3), "arm-1": (0.2, 0.4), "other-0": (0.0, 0.0), "other-1": (0.0, 0.0)}
+    zero = (0.0, 0.0)
+    gaps = {"arm-0": (0.1, 0.3), "arm-1": (0.2, 0.4), "other-0": zero, "other-1": zero, "single": zero}
+    results = [{"model": run, "scores": {"ocr": 0.5}, "stderr": {"ocr": 0.1}} for run in gaps]
     for run, (first, second) in gaps.items():
         rows = [
             {"picture": "a.png", "reward": "toy.ocr", "score": 0.5 + first},
@@ -98,13 +101,46 @@ def test_arms_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
             rows.reverse()
         (tmp_path / "test" / run / "ocr").mkdir(parents=True)
         (tmp_path / "test" / run / "ocr/scores.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arm, other = ([{"model": f"{name}-{seed}"} for seed in (0, 1)] for name in ("arm", "other"))
+    (tmp_path / "test/results.json").write_text(json.dumps(results))
     prompts = 0.02 / 2  # the variance of the two prompts' mean gaps, .15 and .35, over their number
     seeds = 0.005 / 2  # of the two seeds' mean gaps, .2 and .3
     both = pytest.approx((0.25, (prompts + seeds) ** 0.5))
-    assert tables.paired("test", arm, other, ["ocr"]) == both
-    assert tables.paired("test", arm, other[:1], ["ocr"]) == both
-    assert tables.paired("test", arm[:1], other, ["ocr"]) == pytest.approx((0.2, prompts**0.5))
+    assert tables.paired("test", "arm", "other", ["ocr"]) == both
+    assert tables.paired("test", "arm", "single", ["ocr"]) == both
+    gap, error = tables.paired("test", "single", "arm", ["ocr"])
+    assert (-gap, error) == both
+
+
+def test_cost_to_a_level(tmp_path, monkeypatch):
+    """The first validation at which every task is within 0.02 of its teacher."""
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    tables.read.cache_clear()
+    (tmp_path / "val").mkdir()
+    scores = {"compose": 0.6, "ocr": 0.7, "scene": 0.8}
+    models = {"merge-0": 0.1, "opdafter16-0": 0.03, "opdafter32-0": 0.01, "opd-0": 0}
+    models |= {f"{task}-0": 0 for task in scores}
+    results = []
+    for model, below in models.items():
+        reached = {task: score - below for task, score in scores.items()}
+        results.append({"model": model, "scores": reached, "stderr": dict.fromkeys(scores, 0.01)})
+    (tmp_path / "val/results.json").write_text(json.dumps(results))
+    (tmp_path / "opd-0").mkdir()
+    log = [{"step": step, "seconds": 2} for step in range(1, 41)]
+    (tmp_path / "opd-0/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert tables.cost("0", "opd") == (32 * 32, 64)
+    (tmp_path / "mix-0").mkdir()
+    log = [
+        {"step": 4, "seconds": 9},
+        {"step": 4, "validation/ocr": 0.7},
+        {"step": 4, "validation/scene": 0.8},
+    ]
+    log = [{"step": step, "seconds": 9} for step in (1, 2, 3)] + log
+    late = [{"step": 4, "validation/compose": 0.5}]
+    (tmp_path / "mix-0/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log + late))
+    assert tables.cost("0", "mix") is None
+    late = [{"step": 4, "validation/compose": 0.59}]
+    (tmp_path / "mix-0/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log + late))
+    assert tables.cost("0", "mix") == (4 * 256, 36)
 
 
 def test_the_page_has_the_tables_and_its_links_lead_somewhere():

@@ -36,6 +36,7 @@ import textwrap
 import threading
 import time
 import warnings
+import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -75,8 +76,7 @@ def transition(x, v, t, t_next, noise_level, sde="flow"):
 
 
 def log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2), averaged over dimensions. x_next, mean: (B, ...) -> (B,). A deterministic
-    step has none."""
+    """log N(x_next; mean, std^2), averaged over dimensions. x_next, mean: (B, ...) -> (B,)."""
     if std == 0:
         raise ValueError("a step without noise has no log-probability")
     z = (x_next - mean) / std
@@ -159,8 +159,7 @@ def rollout(velocity, x, sigmas, noise_levels, sde, draw):
 
     velocity(x, t) -> v; noise_levels: one number, or one per step; draw() -> noise like x. The states are
     data (no gradient flows through the sampling), but v carries whatever graph `velocity` builds, so the
-    caller may back-propagate a loss of the step before it asks for the next one. log_prob is None where the
-    step has no noise."""
+    caller may back-propagate a step's loss before it asks for the next. Without noise log_prob is None."""
     if not isinstance(noise_levels, (list, tuple)):
         noise_levels = [noise_levels] * (len(sigmas) - 1)
     for t, t_next, noise_level in zip(sigmas[:-1], sigmas[1:], noise_levels, strict=True):
@@ -174,11 +173,8 @@ def rollout(velocity, x, sigmas, noise_levels, sde, draw):
 def generators(seed, step, indices):
     """One random generator per sample, a pure function of (seed, step, index in the global batch): what a
     sample draws depends neither on the batch it sits in nor on the number of processes."""
-    found = []
-    for i in indices:
-        [word] = np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)
-        found.append(torch.Generator().manual_seed(int(word >> 1)))
-    return found
+    words = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in indices]
+    return [torch.Generator().manual_seed(int(word >> 1)) for word in words]
 
 
 def randn(gens, shape, device):
@@ -187,8 +183,7 @@ def randn(gens, shape, device):
 
 
 def to_device(values, device):
-    """Numbers as a tensor on the device. CUDA gets them from pinned memory: the CPU does not wait for what
-    the GPU has yet to do."""
+    """Numbers as a tensor on the device. For CUDA from pinned memory: the CPU does not wait for the GPU."""
     values = torch.as_tensor(values)
     if torch.device(device).type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
@@ -207,8 +202,7 @@ class LoRALinear(torch.nn.Linear):
     `asked`, one object for all layers of a network, says whose. Without `rows`, all are answered by the
     adapter `name` from its float32 weights, which may be in training, or by W alone where it has none. With
     `rows`, (rows, r) indices, every sample gathers its A and B from two stacks, where all frozen adapters lie
-    below one another in W's data type. Nothing is sorted or sliced, so one graph of torch.compile serves all
-    layers of a shape and all mixes of adapters."""
+    below one another in W's data type: one graph of torch.compile serves all mixes of adapters."""
 
     def forward(self, x):
         name, rows = self.asked.name, self.asked.rows
@@ -286,8 +280,7 @@ class Model:
 
     @classmethod
     def distilled(cls, index, config):
-        """Whether guidance was distilled into the weights, from model_index.json and the transformer's
-        config.json."""
+        """Whether guidance was distilled into it, from model_index.json and the transformer's config.json."""
         return False
 
     @classmethod
@@ -307,15 +300,12 @@ class Model:
         return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
 
     def euler_scheduler(self):
-        scheduler, model = self.pipe.scheduler, self.sources["base"]
-        if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            die(
-                f"--model {model}: its scheduler is a {type(scheduler).__name__}; this program samples as "
-                "FlowMatchEulerDiscreteScheduler does"
-            )
-        if scheduler.config.stochastic_sampling:
-            die(f"--model {model}: its scheduler has stochastic_sampling; here --noise-level makes noise")
-        return scheduler
+        kind, ours = type(self.pipe.scheduler).__name__, "FlowMatchEulerDiscreteScheduler"
+        its = f"--model {self.sources['base']}: its scheduler"
+        check(kind == ours, f"{its} is a {kind}; this program samples as {ours} does")
+        noisy = self.pipe.scheduler.config.stochastic_sampling
+        check(not noisy, f"{its} has stochastic_sampling; here --noise-level makes noise")
+        return self.pipe.scheduler
 
     def to_vae(self, latents):
         """Latents (B, ...) -> what the VAE decodes, (B, C, h, w)."""
@@ -374,8 +364,7 @@ class Model:
         self.null = self.encode([self.null_prompt], **self.null_options)
 
     def sigmas(self, num_steps, resolution):
-        """The num_steps + 1 sigmas from 1 to 0, as floats, that the pipeline's own scheduler visits for a
-        square picture."""
+        """The num_steps + 1 sigmas from 1 to 0, floats, that the scheduler visits for a square picture."""
         grid = {"num_inference_steps": num_steps}
         if self.even_grid:
             grid = {"sigmas": np.linspace(1, 1 / num_steps, num_steps)}
@@ -389,16 +378,13 @@ class Model:
         return [1.0, *sigmas[1:]]
 
     def latent_shape(self, resolution):
-        """(C, h, w) of a square picture, or (tokens, 4 C) if latents are packed; a resolution that the model
-        cannot draw is refused."""
+        """(C, h, w) of a square picture, or (tokens, 4 C) if packed; what cannot be drawn is refused."""
         config = self.transformer.config
         side, rest = divmod(resolution, self.unit)
         most = config.get("pos_embed_max_size")
         if rest or side <= 0 or most and side > most:
-            die(
-                f"--resolution {resolution}: this model draws multiples of {self.unit}"
-                + (f" up to {most * self.unit}" if most else "")
-            )
+            limit = f" up to {most * self.unit}" if most else ""
+            die(f"--resolution {resolution}: this model draws multiples of {self.unit}{limit}")
         if self.packed:
             return side**2, config.in_channels
         return config.in_channels, side * self.patch, side * self.patch
@@ -422,14 +408,16 @@ class Model:
         unique = list(dict.fromkeys(prompts))
         tensors = self._offloaded()
         resting = [t.data for t in tensors]
-        for t in tensors:
-            t.data = to_device(t.data, self.device)
         parts = []
-        for i in range(0, len(unique), 16):
-            found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
-            parts.append([self._as_read(found[k], found[0]) for k in self.takes])
-        for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
-            t.data = data
+        try:
+            for t in tensors:
+                t.data = to_device(t.data, self.device)
+            for i in range(0, len(unique), 16):
+                found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
+                parts.append([self._as_read(found[k], found[0]) for k in self.takes])
+        finally:
+            for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
+                t.data = data
         rows = [unique.index(p) for p in prompts]
         return take_rows([join_rows(*kind) for kind in zip(*parts)], rows)
 
@@ -497,17 +485,15 @@ class Model:
             self.asked.name, self.asked.rows = before
 
     def _checkpointed(self, block, *inputs):
-        """A block under gradient checkpointing: computed again in the backward pass, it asks whom the forward
-        asked, whoever was asked since."""
+        """Gradient checkpointing: a block that the backward computes again asks whom the forward asked."""
         name, rows = self.asked.name, self.asked.rows
 
         def run(*inputs):
             with self._asking(name, rows):
                 return block(*inputs)
 
-        return torch.utils.checkpoint.checkpoint(  # no dropout: nothing is drawn
-            run, *inputs, use_reentrant=False, preserve_rng_state=False
-        )
+        options = dict(use_reentrant=False, preserve_rng_state=False)  # no dropout: nothing is drawn
+        return torch.utils.checkpoint.checkpoint(run, *inputs, **options)
 
     def _rows(self, names):
         """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
@@ -531,8 +517,7 @@ class Model:
 
     def compile(self, **options):
         """torch.compile for the blocks of all networks (options: its own). A graph serves all blocks of a
-        kind and all mixes of frozen adapters; every other number of rows is another graph. Rather than leave
-        anything uncompiled, it raises an error."""
+        kind and all mixes of frozen adapters; another number of rows is another graph; all is compiled."""
         torch._dynamo.config.recompile_limit = 256
         for network in (self.transformer, *self.full.values()):
             for block in network.modules():
@@ -551,10 +536,11 @@ class Model:
         finite = pictures.isfinite().flatten(1).all(1)
         if names is not None and not finite.all():
             name = names if isinstance(names, str) else names[finite.tolist().index(False)]
-            die(
-                f"{name} ({self.sources.get(name, 'in training')}) draws a picture that is not finite: its "
-                f"weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}"
+            who = f"{name} ({self.sources.get(name, 'in training')})"
+            reason = (
+                f"its weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}"
             )
+            die(f"{who} draws a picture that is not finite: {reason}")
         return torch.where(finite.view(-1, 1, 1, 1), pictures.clamp(0, 1), math.nan)
 
     @torch.no_grad()
@@ -571,8 +557,7 @@ class Model:
         strict=True,
     ):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
-        pipeline's. A picture that is not finite ends the program with the model's name; without `strict` it
-        is returned as NaN."""
+        pipeline's. A picture that is not finite ends the program; without `strict` it is returned as NaN."""
         draw = functools.partial(randn, gens, self.latent_shape(resolution), self.device)
         asked = dict(cond=self.encode(prompts), adapter=adapter, guidance=guidance)
         velocity = functools.partial(self.velocity, **asked)
@@ -582,8 +567,7 @@ class Model:
 
     @torch.no_grad()
     def save_pipeline(self, folder, name):
-        """A stand-alone diffusers pipeline with an adapter merged into its weights. The model is of no use
-        after it."""
+        """A stand-alone pipeline with an adapter in its weights. The model is of no use after it."""
         for layer in self.transformer.modules():
             if isinstance(layer, LoRALinear):
                 if name in layer.lora_A:
@@ -598,8 +582,7 @@ class Model:
     # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
-        """A LoRA, as load_adapter; or a full fine-tune: the folder or hub id of a pipeline or of its
-        transformer."""
+        """A LoRA, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
         folder = transformer_folder(locate(path))
         if not folder:
             return self.load_adapter(name, path)
@@ -608,12 +591,9 @@ class Model:
         if found != kind.__name__:
             die(f"{path}: a {found}; this model's transformer is a {kind.__name__}")
         network = load_network(kind, folder, self.dtype, self.device)
-        ours, theirs = self.transformer.config, network.config
         for key in INPUTS:
-            if key in ours and theirs.get(key) != ours[key]:
-                die(
-                    f"{path}: it does not fit this model: {key} is {theirs.get(key)}, the model's {ours[key]}"
-                )
+            its, ours = network.config.get(key), self.transformer.config.get(key)
+            check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
         size = sum(p.nbytes for p in network.parameters()) / 1e9
         say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more on every device")
         self.full[name] = network
@@ -631,21 +611,16 @@ class Model:
         self.add_adapter(name, lora)
 
     def load_adapter(self, name, path):
-        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id. Every key must fit;
-        what does not is named."""
+        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id; see read_lora."""
         lora = read_lora(path, self.pipe.transformer, type(self.pipe))
         mixed = [n for n in lora if n.startswith(self.token_layers)]
-        check(
-            not mixed,
-            f"{path}: it adapts {listing(mixed)}, where this network has the tokens of all samples in one "
-            "row, so that they could not have different adapters",
-        )
+        reason = "where the tokens of all samples are one row, so that they could not have different adapters"
+        check(not mixed, f"{path}: it adapts {listing(mixed)}, {reason}")
         self.add_adapter(name, lora)
         self.sources[name] = path
 
     def add_adapter(self, name, lora):
-        """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}, which adds alpha/r B A to the
-        weights."""
+        """A frozen adapter, alpha/r B A more for a weight, from {module: (A (r, in), B (out, r), alpha)}."""
         assert name not in self.adapters, f"there is an adapter {name} already"
         if hasattr(torch.nn.ParameterDict(), name):
             die(f"{name}: PyTorch uses that name itself; call the task or model something else")
@@ -705,13 +680,7 @@ class SD3(Model):
 
     def net(self, network, x, t, embeds, pooled):
         time = filled(x, t * self.scheduler.config.num_train_timesteps)
-        return network(
-            hidden_states=x,
-            timestep=time,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        return network(x, embeds, pooled, time, return_dict=False)[0]
 
 
 class Flux(Model):
@@ -883,8 +852,7 @@ def is_clip(encoder):
 
 def what_fits(model, most, shape, guidance):
     """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
-    until a step of a rollout, labelled and learnt, fits into the memory of every process's GPU. guidance: of
-    what is trained."""
+    until a step of a rollout, labelled and learnt, fits into every process's GPU. guidance: the student's."""
     params, text = model.adapters[model.trained], "a " * model.max_length
 
     def learn(size):
@@ -914,15 +882,6 @@ def what_fits(model, most, shape, guidance):
     return size
 
 
-def fuse_norms(network):
-    """Give a network of diffusers PyTorch's RMS norm."""
-    from diffusers.models.normalization import RMSNorm as TheirRMSNorm
-
-    for module in network.modules():
-        if type(module) is TheirRMSNorm and module.bias is None:
-            module.__class__ = RMSNorm
-
-
 def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     """A diffusers pipeline from its folder or hub id, every network of it loaded and checked by load_network,
     the VAE in float32. left_out: parts to do without; offload keeps the text encoders in the CPU's memory."""
@@ -948,18 +907,17 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     for part, encoder, tokenizer in text_parts(pipe):
         known = encoder.get_input_embeddings().num_embeddings
         if len(tokenizer) < 0.9 * known:  # transformers makes an empty one of a folder without vocabulary
-            part = part.replace("text_encoder", "tokenizer")
-            die(
-                f"--model {model}: {part} has no whole vocabulary: it has {len(tokenizer)} words, "
-                f"and its text encoder knows {known}"
-            )
+            part = f"--model {model}: {part.replace('text_encoder', 'tokenizer')}"
+            has = f"it has {len(tokenizer)} words, and its text encoder knows {known}"
+            die(f"{part} has no whole vocabulary: {has}")
     return pipe
 
 
 def load_network(kind, folder, dtype, device):
-    """A frozen network of a diffusers or transformers class, from its folder. Every weight comes from the
-    files, fits and is finite, or the program ends with its name: the libraries draw what is missing at random
-    and drop what is too much."""
+    """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
+    and is finite, or it is refused: the libraries draw what is missing, and drop what is too much."""
+    import diffusers
+
     quantised = "a quantised network; give one in float32, bfloat16 or float16, which --dtype converts"
     if read_json(os.path.join(folder, "config.json")).get("quantization_config"):
         die(f"{folder}: {quantised}")
@@ -967,13 +925,11 @@ def load_network(kind, folder, dtype, device):
         for key, kept_as in read_header(file)[0].items():
             if kept_as not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"):
                 die(f"{file}: {key} is {kept_as}: {quantised}")
-    options = {}
+    options = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # `info` tells of them; diffusers raises
     try:
-        network, info = kind.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        network, info = kind.from_pretrained(folder, **options)
     except Exception as error:
         die(f"{folder}: cannot be loaded: {first_line(error)}")
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -986,7 +942,9 @@ def load_network(kind, folder, dtype, device):
     if wrong:
         die(f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}")
     network.requires_grad_(False).eval().to(device)
-    fuse_norms(network)
+    for module in network.modules():
+        if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
+            module.__class__ = RMSNorm
     for key, weight in network.state_dict().items():
         if weight.is_floating_point() and not torch.stack(weight.aminmax()).isfinite().all():
             die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
@@ -1002,8 +960,7 @@ def linear_layers(network):
 
 
 def skeleton(model):
-    """A pipeline's transformer without weights (on the meta device), and the pipeline's class: what a LoRA
-    must fit."""
+    """What a LoRA must fit: a pipeline's transformer, on the meta device, and the pipeline's class."""
     import diffusers
 
     folder, pipeline, index = pipeline_folder(model, only=["transformer/config.json"])
@@ -1043,15 +1000,15 @@ def read_lora(path, network, pipeline):
                 ". OneTrainer's convert_model.py makes diffusers' layout of kohya's and ComfyUI's "
                 "(--training-method LORA --output-model-format DIFFUSERS_LORA)"
             )
-        die(
-            f"{path}: {len(strange)} keys belong to no LoRA of a linear layer in this model: "
-            f"{listing(strange)}{advice}"
-        )
-
+        what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model"
+        die(f"{path}: {what}: {listing(strange)}{advice}")
     lora, wrong, assumed = {}, [], False
     for n, (A, B) in parts.items():
-        rank, shape = len(A), tuple(layers[n].weight.shape)
-        alpha, expected = default_alpha, rank
+        shape = tuple(layers[n].weight.shape)
+        if A.ndim != 2 or B.ndim != 2 or (len(B), A.shape[1]) != shape or not 0 < len(A) == B.shape[1]:
+            wrong.append(f"{n} has A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {shape}")
+            continue
+        rank, alpha, expected = len(A), default_alpha, len(A)
         if config:
             alpha = by_pattern(config.alpha_pattern, n, config.lora_alpha)
             expected = by_pattern(config.rank_pattern, n, config.r)
@@ -1060,14 +1017,12 @@ def read_lora(path, network, pipeline):
             alpha, assumed = rank, True
         if rank != expected:
             wrong.append(f"{n} has rank {rank}, in its settings {expected}")
-        if A.ndim != 2 or B.ndim != 2 or (len(B), A.shape[1]) != shape or B.shape[1] != rank:
-            wrong.append(f"{n} has A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {shape}")
         if not A.isfinite().all() or not B.isfinite().all() or not math.isfinite(alpha):
             wrong.append(f"{n} has values that are not finite")
         if config and config.use_rslora:
             alpha *= math.sqrt(rank)
         lora[n] = A, B, alpha
-    missing = [n for n in layers if config and n not in lora and check_target_module_exists(config, n)]
+    missing = [n for n in layers if config and n not in parts and check_target_module_exists(config, n)]
     if missing:
         wrong.append(f"{len(missing)} layers that its settings target have no weights: {listing(missing)}")
     check(not wrong, f"{path}: {listing(wrong)}")
@@ -1103,11 +1058,10 @@ def lora_settings(file, header, keys):
         return None, None
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     start = config.get("init_lora_weights", True)
-    check(
-        start in (True, False, None, "gaussian", "eva", "orthogonal"),
-        f'{source}: "init_lora_weights": "{start}" changes the base too, so this LoRA is no difference to '
-        "the base given; peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it",
-    )
+    if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        reason = "changes the base too, so this LoRA is no difference to the base given"
+        way = "peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+        die(f'{source}: "init_lora_weights": "{start}" {reason}; {way}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
@@ -1141,7 +1095,7 @@ def lora_parts(tensors, layers):
         name, down, up = LORA_KEY.fullmatch(key).groups() if LORA_KEY.fullmatch(key) else (None, None, None)
         n = with_underscores.get(name, name)
         kind = "A" if down else "B" if up else "alpha"
-        if n not in layers or kind in halves.get(n, ()):
+        if n not in layers or kind in halves.get(n, ()) or kind == "alpha" and tensor.numel() != 1:
             strange.append(key)
         elif kind == "alpha":
             alphas[n] = tensor.item()
@@ -1287,17 +1241,15 @@ def pipeline_folder(model, left_out=(), only=None):
         die(f"--model {model}: a {index.get('_class_name')}; this program knows {', '.join(FAMILIES)}")
     if folder != model and only is None:
         try:
-            folder = kind.download(
-                model, revision=os.path.basename(folder), use_safetensors=True, **dict.fromkeys(left_out)
-            )
+            options = dict(revision=REVISIONS[model], use_safetensors=True, **dict.fromkeys(left_out))
+            folder = kind.download(model, **options)
         except Exception as error:
             die(f"--model {model}: not to be had from the hub ({first_line(error)})")
     return folder, kind, {part: names for part, names in index.items() if isinstance(names, list)}
 
 
 def read_header(file):
-    """({key: dtype}, {name: text}) of a safetensors file; one that is not whole ends the program with its
-    name."""
+    """({key: dtype}, {name: text}) of a safetensors file; one that is not whole is refused."""
     from safetensors import safe_open
 
     try:
@@ -1362,8 +1314,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
-    fit it; what neither says is the default of the model's family. parser.given: the names of what was
-    typed."""
+    fit it; what neither says is the default of the model's family. parser.given: what was typed."""
     catch_full(parser._option_string_actions)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1399,11 +1350,8 @@ def check_numbers(actions, args):
         for value in values if isinstance(values, list) else [values]:
             check(value >= least, f"{action.option_strings[0]} {value}: must be at least {least}")
     check(getattr(args, "ema", 0) < 1, f"--ema {getattr(args, 'ema', 0)}: must be below 1")
-    if getattr(args, "sde", None) == "cps":
-        check(
-            args.noise_level <= 1,
-            f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1",
-        )
+    if getattr(args, "sde", None) == "cps" and args.noise_level > 1:
+        die(f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1")
 
 
 def as_flags(defaults):
@@ -1441,14 +1389,11 @@ def catch_full(known):
 
     def hook(kind, error, trace):
         if isinstance(error, torch.OutOfMemoryError):
-            message = (
-                f"the GPU's memory is full; less of it is needed with {advice} ({first_line(error)[:160]})"
-            )
+            said = first_line(error)[:160]
+            message = f"the GPU's memory is full; less of it is needed with {advice} ({said})"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = (
-                f"{error.strerror}: {error.filename or 'a file of this run'} could not be written; "
-                f"what was saved before is whole. Make room, then {go_on}"
-            )
+            lost = f"{error.strerror}: {error.filename or 'a file of this run'} could not be written"
+            message = f"{lost}; what was saved before is whole. Make room, then {go_on}"
         else:
             return sys.__excepthook__(kind, error, trace)
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
@@ -1470,17 +1415,14 @@ def split_options(flag, spec, **options):
 
 
 def parse_specs(flag, specs, **options):
-    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused with the
-    flag's name."""
+    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused."""
     found = {}
-    extras = "".join(f"[,{key}=NUMBER]" for key in options)
+    form = "NAME=VALUE" + "".join(f"[,{key}=NUMBER]" for key in options)
     for spec in specs or []:
-        name, equals, rest = spec.partition("=")
+        name, _, rest = spec.partition("=")
         value, fields = split_options(flag, rest, **options)
-        check(
-            equals and value and re.fullmatch(r"[A-Za-z][\w-]*", name),
-            f"{flag} {spec}: expected NAME=VALUE{extras}, NAME of letters, digits, - and _",
-        )
+        fits = value and re.fullmatch(r"[A-Za-z][\w-]*", name)
+        check(fits, f"{flag} {spec}: expected {form}, NAME of letters, digits, - and _")
         check(name not in found, f"{flag}: {name} is given twice")
         found[name] = {"value": value, **fields}
     if found and "weight" in options:
@@ -1494,8 +1436,7 @@ def parse_specs(flag, specs, **options):
 def load_prompts(task, path):
     """One task's prompts, [{"prompt": str, ...}], from a file: one a line; .jsonl, an object a line; .json,
     an array; .csv and .tsv with a header; any of them gzipped (.gz). What stands beside a prompt is for its
-    reward (GenEval's metadata files are of this kind). Rows whose "task" is another are skipped, unless task
-    is None."""
+    reward, as in GenEval's metadata. Rows whose "task" is another are skipped, unless task is None."""
     prompts = []
     for place, row in read_rows(path):
         if isinstance(row, str):
@@ -1537,8 +1478,7 @@ def read_rows(path):
 
 
 def read_table(text, path, delimiter):
-    """The rows of a .csv or .tsv file with a header, as read_rows has them; the column of prompts becomes
-    "prompt"."""
+    """The rows of a .csv or .tsv file, as read_rows has them; its column of prompts becomes "prompt"."""
     table, rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
     try:
         columns = table.fieldnames or []
@@ -1547,10 +1487,8 @@ def read_table(text, path, delimiter):
         check(len(named) == 1, f"{path}: its header must name one column prompt; it has {seen}")
         for row in table:
             place = f"line {table.line_num}"
-            check(
-                None not in row,
-                f"{path}: {place} has more columns than the header; quote what has a {delimiter!r}",
-            )
+            advice = f"quote what has a {delimiter!r}"
+            check(None not in row, f"{path}: {place} has more columns than the header; {advice}")
             row["prompt"] = row.pop(named[0])
             rows.append((place, {name: value for name, value in row.items() if value is not None}))
     except csv.Error as error:
@@ -1567,7 +1505,7 @@ def read_text(path):
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
         die(f"{path}: no such file")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         die(f"{path}: cannot be read ({first_line(error)})")
     except UnicodeDecodeError as error:
         seen = "UTF-16" if b"\0" in data else "cp1252"
@@ -1589,11 +1527,8 @@ def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
     edges = np.cumsum([weights[task] for task in tasks]) / sum(weights[task] for task in tasks)
     places = (np.arange(count) + rng.random()) / count
     slots = np.searchsorted(edges, places, side="right").clip(max=len(tasks) - 1)
-    batch = []
-    for slot in slots:
-        rows = prompts[tasks[slot]]
-        batch.append((tasks[slot], rows[rng.integers(len(rows))]))
-    return batch
+    picked = [tasks[slot] for slot in slots]
+    return [(task, prompts[task][rng.integers(len(prompts[task]))]) for task in picked]
 
 
 # -- processes ---------------------------------------------------------------------------------------------
@@ -1606,11 +1541,8 @@ def start_processes(track=None, out=None):
 
     for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
         asked = os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true")
-        check(
-            not asked,
-            f"accelerate launch asks for {plugin}, which this program does without; use torchrun, or "
-            "accelerate launch --multi_gpu",
-        )
+        use = "use torchrun, or accelerate launch --multi_gpu"
+        check(not asked, f"accelerate launch asks for {plugin}, which this program does without; {use}")
     # How long processes wait for one another; one that dies is noticed by torchrun at once.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
     cpu = not torch.cuda.is_available() and "WORLD_SIZE" in os.environ
@@ -1619,8 +1551,7 @@ def start_processes(track=None, out=None):
 
 def end_processes(accelerator, failure=None):
     """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads
-    sometimes abort a process whose interpreter is shutting down, and so do threads that still score pictures:
-    then that is skipped."""
+    sometimes abort an interpreter that shuts down, and so do threads that score: then that is skipped."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     scoring = any(thread.name.startswith("reward ") for thread in threading.enumerate())
@@ -1639,11 +1570,11 @@ def reduce_sum(tensor):
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
-            die(
-                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends "
-                "too: one has died, or this GPU is out of memory. What was saved before is whole, "
-                f"{go_on} ({first_line(error)[:160]})"
+            this = (
+                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends"
             )
+            reason = "one has died, or this GPU is out of memory. What was saved before is whole"
+            die(f"{this} too: {reason}, {go_on} ({first_line(error)[:160]})")
     return tensor
 
 
@@ -1681,13 +1612,11 @@ class StopSignal:
         self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
 
     def fail(self, message):
-        """Leave in the same way, because something failed here: what was made before is saved, and the exit
-        status is 1."""
+        """Leave in the same way, but with exit status 1, because something failed here."""
         self.name, self.since, self.failure = "failure", time.monotonic(), message
 
     def arrived(self, device):
-        """Whether any process was told to stop: the same answer on all of them, so none waits for one that
-        left."""
+        """Whether any process was told to stop: the same answer on all, so none waits for one that left."""
         return reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0
 
     def disarm(self):
@@ -1699,9 +1628,8 @@ class StopSignal:
 
 
 class Run:
-    """A training run: its processes, and its folder with log.jsonl, curves.png, args.json, lora/ and
-    checkpoints/. The three scripts that train make one, `begin` it when the model stands, and `report`,
-    `save` and `end` it."""
+    """A training run: its processes, and its folder with log.jsonl, args.json and checkpoints/. Scripts make
+    one, `begin` it when the model stands, and `report`, `save` and `end` it."""
 
     def __init__(self, args, out=None):
         self.args, self.out = args, out or args.out
@@ -1726,7 +1654,6 @@ class Run:
         return start
 
     def stopping(self):
-        """Whether any process was told to stop; all of them ask at the same place."""
         return self.stop.arrived(self.device)
 
     def report(self, record):
@@ -1739,8 +1666,7 @@ class Run:
             self.log.flush()
 
     def save(self, step):
-        """checkpoints/STEP: the LoRA people can use (the average) and the state a run resumes from; written
-        beside and renamed. --keep says how many stay."""
+        """checkpoints/STEP: the LoRA people can use (the average) and the state a run resumes from."""
         if self.rank != 0:
             return
         root = os.path.join(self.out, "checkpoints")
@@ -1776,10 +1702,9 @@ class Run:
             found = reduce_sum(torch.tensor(float(bool(folders)), device=self.device)).item()
             if found == 0:
                 return 0
+            some = "some machines find checkpoints there and some do not"
             check(
-                found == self.world,
-                f"--out {self.out}: some machines find checkpoints there and some do not; "
-                "it must be a folder that all of them share",
+                found == self.world, f"--out {self.out}: {some}; it must be a folder that all of them share"
             )
         folder, state = first_whole(folders, resume)
         theirs, ours = state["identity"], self.identity
@@ -1796,12 +1721,10 @@ class Run:
         return state["step"]
 
     def open_log(self, start):
-        """log.jsonl. A resumed run forgets what was logged after its checkpoint; a new one deletes what
-        --overwrite gives up."""
-        log = os.path.join(self.out, "log.jsonl")
-        kept = []
+        """log.jsonl. A resumed run forgets what was logged after its checkpoint (whose validation is made
+        again); a new one deletes what --overwrite gives up."""
+        log, kept = os.path.join(self.out, "log.jsonl"), []
         for row in read_log(self.out) if start else []:
-            # A validation of the checkpoint's step is made again.
             if row["step"] < start or row["step"] == start and "seconds" in row:
                 kept.append(json.dumps(row) + "\n")
         write(log, "".join(kept))
@@ -1829,14 +1752,13 @@ def run_identity(args, processes, files):
 def first_whole(folders, resume):
     """(folder, state) of the first checkpoint that can be read."""
     for folder in folders:
-        file = os.path.join(folder, "state.pt")
-        if os.path.exists(file):
-            try:
-                return folder, torch.load(file, weights_only=True, map_location="cpu")
-            except Exception as error:
-                problem = f"not a whole checkpoint ({first_line(error)})"
-        else:
+        try:
+            file = os.path.join(folder, "state.pt")
+            return folder, torch.load(file, weights_only=True, map_location="cpu")
+        except (FileNotFoundError, NotADirectoryError):
             problem = "no checkpoint there (state.pt is missing)"
+        except Exception as error:
+            problem = f"not a whole checkpoint ({first_line(error)})"
         if resume == "auto":
             say(f"note: {folder}: {problem}")
     die(f"--resume {resume}: {problem}")
@@ -1846,7 +1768,7 @@ def saved_steps(out):
     """The checkpoints in a run's folder, their names in order."""
     root = os.path.join(out, "checkpoints")
     names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(name for name in names if name.isdigit())
+    return sorted(filter(str.isdecimal, names), key=int)
 
 
 def read_log(out):
@@ -1870,15 +1792,11 @@ def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
         if resume and steps:
             last = os.path.join(out, "checkpoints", steps[-1])
             goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
-        check(
-            not steps or goes_on or overwrite,
-            f"--out {out}: an earlier run left checkpoints there; --resume auto goes on from the last, "
-            "--overwrite deletes what it made, or give another --out",
-        )
-        check(
-            not os.path.exists(lora) or steps or inside or overwrite,
-            f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out",
-        )
+        if steps and not goes_on and not overwrite:
+            ways = "--resume auto goes on from the last, --overwrite deletes what it made"
+            die(f"--out {out}: an earlier run left checkpoints there; {ways}, or give another --out")
+        if os.path.exists(lora) and not steps and not inside and not overwrite:
+            die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
         if inside and not goes_on:
             shutil.rmtree(kept + ".new", ignore_errors=True)
             shutil.copytree(lora, kept + ".new")
@@ -1914,8 +1832,7 @@ def lock_folder(out):
 
 
 def write(path, data):
-    """Bytes or text to a file: beside it, onto the disk, then renamed, so that the file is the old or the new
-    one whatever happens. A link is followed."""
+    """Bytes or text to a file, which is the old or the new one whatever happens. A link is followed."""
     path = os.path.realpath(path)
     with open(path + ".tmp", "wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
@@ -1980,8 +1897,7 @@ def fingerprint(path):
 
 
 def file_hash(file):
-    """SHA-256 of a file. That of a large one is remembered for as long as its size and its times of change
-    are the same."""
+    """SHA-256 of a file. A large one's is remembered while its size and times of change are the same."""
     stat, note = os.stat(file), None
     if stat.st_size > 2**26:
         key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -2006,8 +1922,7 @@ def file_hash(file):
 
 
 def plot_curves(out):
-    """curves.png from log.jsonl: one panel per quantity, updates along x; "kl/ocr" is the line "ocr" of the
-    panel "kl"."""
+    """curves.png from log.jsonl: a panel per quantity; "kl/ocr" is the line "ocr" of the panel "kl"."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2028,12 +1943,9 @@ def plot_curves(out):
     for axis, (title, keys) in zip(axes.flat, panels.items()):
         smallest = math.inf
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if not points:
-                continue
-            steps, values = zip(*points)
+            steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row])
             smallest = min(smallest, *values)
-            marker = "o" if len(points) < 20 else None
+            marker = "o" if len(steps) < 20 else None
             axis.plot(steps, values, label=key.partition("/")[2] or None, marker=marker, markersize=3)
         axis.set_title(title)
         axis.set_xlabel("update")
@@ -2049,8 +1961,7 @@ def plot_curves(out):
 
 def draw_rows(run, rows, prompts):
     """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N
-    prompts and noise in every row. The processes share the drawing, and all get all; None if one of them was
-    told to stop."""
+    prompts and noise in every row. The processes share the drawing. None if one was told to stop."""
     args, jobs = run.args, []
     for adapter, guidance in rows.values():
         jobs += [(i, adapter, guidance) for i in range(len(prompts))]
@@ -2062,9 +1973,8 @@ def draw_rows(run, rows, prompts):
         part = mine[k : k + args.eval_batch_size]
         numbers, adapters, guidances = zip(*(jobs[j] for j in part))
         texts, gens = [prompts[i] for i in numbers], generators(args.seed, 1, numbers)
-        pictures[part] = run.model.generate(
-            texts, gens, args.eval_num_steps, args.resolution, adapters, guidances
-        )
+        sampling = args.eval_num_steps, args.resolution, adapters, guidances
+        pictures[part] = run.model.generate(texts, gens, *sampling)
     if run.stopping():
         return None
     return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))

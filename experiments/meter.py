@@ -153,7 +153,7 @@ class Watch:
         forward = network.forward
 
         def counted(module, *a, **k):
-            samples = len(k["hidden_states"])
+            samples = len(a[0] if a else k["hidden_states"])
             self.counts["forwards"] += samples
             self.counts["with a graph"] += samples * torch.is_grad_enabled()
             return forward(module, *a, **k)

@@ -167,10 +167,8 @@ def merge():
     save_lora(merged, os.path.join(out, "lora"))
     about = {"method": args.method, "relative_error": error, "teachers": list(teachers), "rank": rank}
     write_json(os.path.join(out, "results.json"), about)
-    names = ", ".join(teachers)
-    print(
-        f"merged {names} by {args.method} into rank {rank}; relative Frobenius error {error:.1e}: {out}/lora"
-    )
+    result = f"rank {rank}; relative Frobenius error {error:.1e}: {out}/lora"
+    print(f"merged {', '.join(teachers)} by {args.method} into {result}")
 
 
 if args.mode == "merge":

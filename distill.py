@@ -170,9 +170,7 @@ if args.objective == "kl":
 else:
     check(args.sde == "flow", f"--objective {args.objective}: needs the noise of --sde flow")
 if not args.label_steps:
-    refuse_given(
-        parser, ("label_density",), "says which --label-steps are drawn; without it all are labelled"
-    )
+    refuse_given(parser, ("label_density",), "says which --label-steps are drawn; without it all are")
 if args.schedule == "alternate":
     whole = all(teacher["weight"] % 1 == 0 for teacher in teachers.values())
     check(whole, "--schedule alternate: the teachers' weights are numbers of updates, so they must be whole")
@@ -226,8 +224,11 @@ terms = world * samples * label_count * dimensions  # of a gradient
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
-files = {"base": args.model, "anchor": anchor_path, "init": run.init}
-settings = {"anchor's guidance": anchor_options["guidance"]}
+files, settings = {"base": args.model}, {"anchor's guidance": anchor_options["guidance"]}
+(files if anchor == "anchor" else settings)["anchor"] = (
+    anchor_path  # a word, even where a folder is called so
+)
+(settings if args.init in ("none", "merge") else files)["init"] = run.init
 for task, teacher in teachers.items():
     files |= {f"prompts {task}": prompt_files[task]["value"], f"teacher {task}": teacher["value"]}
     settings[f"teacher {task}'s guidance and weight"] = [teacher["guidance"], teacher["weight"]]
@@ -314,9 +315,8 @@ def blame(kls, anchor_sum, velocity_sum):
     return "the student's gradient" if math.isfinite(anchor_sum) else "the anchor"
 
 
-shown = {"base": "base"} | {
-    f"{task} (teacher)": task for task in teachers
-}  # {row: adapter} of grid and table
+shown = {"base": "base"}  # {row: adapter} of grid and table
+shown |= {f"{task} (teacher)": task for task in teachers}
 shown |= {"anchor": "anchor"} if anchor == "anchor" else {}
 shown |= {"start": "start", "student": "ema"}
 fixed_rows = {}  # of the grid: drawn once

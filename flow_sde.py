@@ -137,8 +137,8 @@ def clipped_surrogate(log_ratio, advantage, clip_range):
 
 def update_average(ema, params, decay, update):
     """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k weighs
-    d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). The weights
-    sum to 1 from the first update on: where the run started has none, and there is no warm-up to choose."""
+    d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). These sum to
+    1 from the first update on: where the run started has no weight, and there is no warm-up."""
     d = decay ** (1 / 8)
     torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d**update))
 
@@ -146,8 +146,7 @@ def update_average(ema, params, decay, update):
 def learnt(sigmas):
     """A schedule without its last step, if that starts below t = 0.05. There the noise that the model should
     predict is all but invisible: teachers differ most, their KL would outweigh all other steps together, and
-    the picture hardly moves. SD3's last step starts at 0.009. FLUX.1's, of ten, starts at 0.17 to 0.26:
-    left out, it would leave the clean end of the way untrained."""
+    the picture hardly moves. SD3's last step starts at 0.009; FLUX.1's, of ten, at 0.17 to 0.26."""
     return sigmas[:-1] if sigmas[-2] < 0.05 else sigmas
 
 
@@ -171,8 +170,7 @@ def rollout(velocity, x, sigmas, noise_levels, sde, draw):
 
 
 def generators(seed, step, indices):
-    """One random generator per sample, a pure function of (seed, step, index in the global batch): what a
-    sample draws depends neither on the batch it sits in nor on the number of processes."""
+    """A random generator per sample, a pure function of (seed, step, index in the batch of all processes)."""
     words = [np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0] for i in indices]
     return [torch.Generator().manual_seed(int(word >> 1)) for word in words]
 
@@ -224,15 +222,15 @@ class LoRALinear(torch.nn.Linear):
     def stack(self, ranks):
         """Copy the adapters {name: rank} below one another, after a row of zeros; zeros too for one that this
         layer does not have. B's scale, alpha/r, is in the copy."""
-        stack_A = [self.weight.new_zeros(1, self.in_features)]
-        stack_B = [self.weight.new_zeros(1, self.out_features)]
+        first, total = 1, 1 + sum(ranks.values())
+        self.stack_A = self.weight.new_zeros(total, self.in_features)
+        self.stack_B = self.weight.new_zeros(total, self.out_features)
         for name, rank in ranks.items():
-            A, B = stack_A[0][:0], stack_B[0][:0]
             if name in self.lora_A:
-                A, B = self.lora_A[name], self.scaling[name] * self.lora_B[name].T
-            stack_A.append(F.pad(A, (0, 0, 0, rank - len(A))))
-            stack_B.append(F.pad(B, (0, 0, 0, rank - len(B))))
-        self.stack_A, self.stack_B = (torch.cat(stack).to(self.weight.dtype) for stack in (stack_A, stack_B))
+                rows = slice(first, first + len(self.lora_A[name]))
+                self.stack_A[rows] = self.lora_A[name]
+                self.stack_B[rows] = self.scaling[name] * self.lora_B[name].T
+            first += rank
 
 
 class RMSNorm(torch.nn.Module):
@@ -515,14 +513,14 @@ class Model:
                 rows[i, : self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
         return to_device(rows, self.device)
 
-    def compile(self, **options):
-        """torch.compile for the blocks of all networks (options: its own). A graph serves all blocks of a
-        kind and all mixes of frozen adapters; another number of rows is another graph; all is compiled."""
+    def compile(self):
+        """torch.compile for the blocks of all networks, or an error. A graph serves all blocks of a kind and
+        all mixes of frozen adapters; every other number of rows is another graph."""
         torch._dynamo.config.recompile_limit = 256
         for network in (self.transformer, *self.full.values()):
             for block in network.modules():
                 if type(block).__name__ in network._no_split_modules:
-                    block.compile(fullgraph=True, dynamic=False, **options)
+                    block.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def decode(self, latents, names=None):
@@ -762,8 +760,7 @@ class ZImage(Model):
 
 
 class Sana(Model):
-    """SANA. A prompt is read after an instruction, the null prompt without. The pipeline's scheduler is a DPM
-    solver; Euler's steps on the same ODE take its place."""
+    """SANA. A prompt is read after an instruction, the null prompt without. Euler's steps, not its DPM's."""
 
     defaults = Model.defaults | dict(resolution="its own", guidance=4.5, max_sequence_length=300)
     takes, even_grid, null_options = (0, 1), False, dict(complex_human_instruction=None)
@@ -1039,8 +1036,7 @@ def by_pattern(patterns, name, default):
 
 
 def lora_settings(file, header, keys):
-    """A LoRA file's LoraConfig, or None, and the alpha in its header, or None. Settings under which alpha/r B
-    A is not all that the LoRA does to this base are refused."""
+    """A LoRA file's LoraConfig or None, and its header's alpha or None; more than alpha/r B A is refused."""
     from peft import LoraConfig, PeftConfig
 
     is_peft = any(key.startswith("base_model.model.") for key in keys) or os.path.basename(file) == PEFT_FILE
@@ -1403,14 +1399,11 @@ def catch_full(known):
 
 def split_options(flag, spec, **options):
     """ "value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
-    value, found = spec, dict(options)
-    pattern = re.compile(rf"(.*),({'|'.join(options)})=([^,]*)", re.DOTALL)
-    match = pattern.fullmatch(value) if options else None
-    while match:
+    value, found, pattern = spec, dict(options), rf"(.*),({'|'.join(options)})=([^,]*)"
+    while options and (match := re.fullmatch(pattern, value, re.DOTALL)):
         value, key, number = match.groups()
         check(re.fullmatch(r"\d+\.?\d*|\.\d+", number), f"{flag} {spec}: {key} must be a number")
         found[key] = float(number)
-        match = pattern.fullmatch(value)
     return value, found
 
 
@@ -1419,8 +1412,8 @@ def parse_specs(flag, specs, **options):
     found = {}
     form = "NAME=VALUE" + "".join(f"[,{key}=NUMBER]" for key in options)
     for spec in specs or []:
-        name, _, rest = spec.partition("=")
-        value, fields = split_options(flag, rest, **options)
+        value, fields = split_options(flag, spec, **options)
+        name, _, value = value.partition("=")
         fits = value and re.fullmatch(r"[A-Za-z][\w-]*", name)
         check(fits, f"{flag} {spec}: expected {form}, NAME of letters, digits, - and _")
         check(name not in found, f"{flag}: {name} is given twice")
@@ -1570,11 +1563,9 @@ def reduce_sum(tensor):
         try:
             torch.distributed.all_reduce(tensor)
         except RuntimeError as error:
-            this = (
-                f"process {torch.distributed.get_rank()} could not reach the others of this job, so it ends"
-            )
+            this = f"process {torch.distributed.get_rank()} could not reach the others of this job"
             reason = "one has died, or this GPU is out of memory. What was saved before is whole"
-            die(f"{this} too: {reason}, {go_on} ({first_line(error)[:160]})")
+            die(f"{this}, so it ends too: {reason}, {go_on} ({first_line(error)[:160]})")
     return tensor
 
 
@@ -1598,8 +1589,7 @@ def descend(optimizer, params, count):
 
 class StopSignal:
     """Ctrl-C and SIGTERM ask the loop to give up the update in hand, save what the updates before it made,
-    and leave: in seconds, since a preempted machine waits no longer. A second one, not at once (torchrun
-    passes on what a terminal sends too), ends it."""
+    and leave, in seconds. A second one, not at once (torchrun passes on what a terminal sends), ends it."""
 
     def __init__(self):
         self.name, self.since, self.failure = None, 0.0, None
@@ -1737,8 +1727,7 @@ class Run:
 
 
 def run_identity(args, processes, files):
-    """What makes a run the same run when it is resumed: its flags, except those that only say how long, where
-    and how often, and the content of its files {what: path}."""
+    """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
     free = {"steps", "out", "resume", "overwrite", "track", "save_every", "keep", "compile"}
     free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option"}
     free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
@@ -1874,8 +1863,7 @@ def json_object(text, file):
 
 
 def fingerprint(path):
-    """What a path holds, in short: of a hub id its revision, of a file or folder a hash of all its bytes; a
-    word that is neither is itself."""
+    """What a path holds: of a hub id its revision, of a file or folder a hash; a word is itself."""
     found = path
     if not os.path.exists(path):
         named = HUB_PATH.fullmatch(path)
@@ -1904,9 +1892,7 @@ def file_hash(file):
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
         note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
         with contextlib.suppress(OSError), open(note) as f:
-            known = f.read()
-            if len(known) == 64:
-                return known
+            return f.read()
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         while part := f.read(2**24):
@@ -1980,12 +1966,12 @@ def draw_rows(run, rows, prompts):
     return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))
 
 
-def save_grid(path, rows, captions, cell=96):
+def save_grid(path, rows, captions):
     """A picture grid: rows {label: N pictures (3, H, W)}, the same N captions over every column."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(11)
-    side = max(cell, next(iter(rows.values()))[0].shape[-1])
+    side = max(96, next(iter(rows.values()))[0].shape[-1])
     left, top, gap, n = 104, 44, 4, len(captions)
     canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(canvas)

@@ -77,6 +77,9 @@ for spec in args.prompts or ():
         [(task, file)] = parse_specs("--prompts", [spec]).items()
         rows = load_prompts(task, file["value"])
     texts += [row["prompt"] for row in rows]
+for text in texts:
+    whole = not re.search("[\ud800-\udfff]", text)  # what a shell passes on that is not UTF-8
+    check(whole, f"--prompt {ascii(text)}: not UTF-8")
 check(texts or "model" not in parser.given, "nothing to draw: give --prompt TEXT or --prompts FILE")
 texts = texts or EXAMPLES
 if args.merge:

@@ -173,9 +173,7 @@ check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; t
 check(args.noise_level > 0, "--noise-level 0: must be positive; without noise there is nothing to reinforce")
 if args.schedule == "alternate":
     whole = all(file["weight"] % 1 == 0 for file in prompt_files.values())
-    check(
-        whole, "--schedule alternate: the weights of --prompts are numbers of rollouts, so they must be whole"
-    )
+    check(whole, "--schedule alternate: weights of --prompts are numbers of rollouts, so they must be whole")
 if args.init:
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 prompts = {task: load_prompts(task, file["value"]) for task, file in prompt_files.items()}
@@ -367,9 +365,8 @@ for step in range(first_step, args.steps + 1):
     # learn: the clipped surrogate and the KL to the base, or to the task's teacher, at every learnt step
     trajectory = []
     for parts in zip(*memory):
-        joined = {
-            name: torch.cat([getattr(s, name) for s in parts]) for name in ("x", "v", "x_next", "log_prob")
-        }
+        names = ("x", "v", "x_next", "log_prob")
+        joined = {name: torch.cat([getattr(s, name) for s in parts]) for name in names}
         trajectory.append(parts[0]._replace(**joined))
     kl_sum, clipped = torch.zeros(2, device=device)
     terms, norms = 0, []

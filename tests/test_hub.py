@@ -157,6 +157,10 @@ def test_text_encoders_leave_after_encoding(hub, monkeypatch):
     cond = model.encode(["a cup", "two cups"])
     assert [t.data_ptr() for t in tensors] == rest and not set(seen[0]) & set(rest)
     assert all(torch.equal(a, b) for a, b in zip(cond, plain.encode(["a cup", "two cups"])))
+    monkeypatch.setattr(model.pipe, "encode_prompt", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.encode(["a cup"])
+    assert [t.data_ptr() for t in tensors] == rest
 
 
 def test_without_t5(hub, tmp_path):

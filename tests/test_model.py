@@ -445,12 +445,14 @@ def without(part):
             "1 keys belong to no LoRA of a linear layer in this model: text_model.x",
         ),
         (changed("lora_A", torch.ones(4, 5)), f"{LAYER} has A (4, 5) and B"),
+        (changed("lora_A", torch.tensor(1.0)), f"{LAYER} has A () and B"),
+        (lambda tensors: tensors | {f"base_model.model.{LAYER}.alpha": torch.ones(2)}, f"{LAYER}.alpha"),
         (changed("lora_A", torch.ones(4, 96) * math.nan), f"{LAYER} has values that are not finite"),
         (changed("lora_B", torch.ones(96, 4) + math.inf), f"{LAYER} has values that are not finite"),
         (without(LAYER), f"1 layers that its settings target have no weights: {LAYER}"),
         (without(LAYER + ".lora_B"), f"{LAYER} (only lora_A)"),
     ],
-    ids=["unknown", "strange", "shape", "nan", "inf", "missing", "half"],
+    ids=["unknown", "strange", "shape", "scalar", "alpha", "nan", "inf", "missing", "half"],
 )
 def test_weights_that_do_not_fit_are_refused_with_the_layer(change, message, tmp_path):
     folder = random_lora(tmp_path / "lora", 1)

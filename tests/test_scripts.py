@@ -254,6 +254,7 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
     ("train_teacher.py --reward toy.parse", "parse must take (images, prompts, metadata)"),
     ("sample.py --num-images 0", "--num-images 0: must be at least 1"),
     ("sample.py --model toy/base", "nothing to draw"),
+    ("sample.py --prompt \udcff", "'\\udcff': not UTF-8"),
     (
         "train_teacher.py --schedule alternate --prompts compose={tmp}/few.txt,weight=1.5",
         "they must be whole",
@@ -295,7 +296,7 @@ def test_specs_may_have_commas_and_equals_signs():
     a = {"value": "x,y=2", "guidance": 1.5, "weight": 3.0}
     b = {"value": "/p,q/weight=1/z", "guidance": 4.0, "weight": 1.0}
     assert flow_sde.parse_specs("--teachers", odd, guidance=4.0, weight=1.0) == {"a": a, "b": b}
-    with pytest.raises(SystemExit, match="guidance must be a number"):
+    with pytest.raises(SystemExit, match="--teachers a=x,guidance=high: guidance must be a number"):
         flow_sde.parse_specs("--teachers", ["a=x,guidance=high"], guidance=1.0)
 
 
@@ -412,6 +413,7 @@ def test_one_reader_of_prompts(name, tmp_path):
         ("x.txt", "a fox\n".encode("utf-16-le"), "looks like UTF-16"),
         ("x.txt", "a fox\na caf\u00e9\n".encode("cp1252"), "line 2 is not UTF-8, it looks like cp1252"),
         ("x.txt.gz", gzip.compress(b"a fox\n" * 99)[:-9], "cannot be read"),
+        ("x.txt.gz", gzip.compress(b"a fox\n")[:10] + b"\xff" * 20, "cannot be read"),
         ("x.jsonl", b'{"prompt": "x"}\n{"prompt": "a \\ud83d face"}\n', "line 2 holds half a character"),
         ("x.jsonl", b'{"prompt": "  "}\n', 'line 1 has no "prompt"'),
         ("x.json", b'["a fox", 3]', 'entry 2 has no "prompt"'),

@@ -306,6 +306,21 @@ def test_a_folder_belongs_to_one_run(loras, tmp_path):
 def test_the_last_checkpoints_are_kept(loras, tmp_path):
     distill(loras, tmp_path, **EVERY_UPDATE, steps=5, keep=3)
     assert saved_steps(tmp_path) == ["000003", "000004", "000005"]
+    (tmp_path / "checkpoints/1000000").mkdir()
+    assert saved_steps(tmp_path)[-1] == "1000000"
+
+
+def test_words_are_no_folders(loras, tmp_path, monkeypatch):
+    """`merge` and `base` mean the same where folders that are called so come to be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "chdir", lambda folder: None)  # `run` stays here
+    train = partial(distill, loras, tmp_path / "run", **EVERY_UPDATE, init="merge", anchor="base")
+    prompts = few("train", 8, tmp_path)
+    train(steps=1, prompts=prompts)
+    for word in ("merge", "base"):
+        (tmp_path / word).mkdir()
+    train(steps=2, prompts=prompts, resume="auto")
+    assert last_step(tmp_path / "run") == 2
 
 
 def test_a_run_from_the_lora_in_its_own_folder_can_be_resumed(loras, tmp_path):

@@ -289,7 +289,7 @@ for step in progress:
 
 # -- what came of it -----------------------------------------------------------------------------------------
 if rank == 0:
-    if stopping and step > 0:
+    if stopping:  # also before the first update, so that --resume auto does go on
         run.save(step)
     save_lora(model.lora("ema"), os.path.join(out, "lora"))
     how = "stopped (--resume auto goes on)" if stopping else "done"

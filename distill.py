@@ -441,7 +441,7 @@ for step in progress:
 
 # -- what came of it -----------------------------------------------------------------------------------------
 if rank == 0:
-    if stopping and step > 0:
+    if stopping:  # also before the first update, so that --resume auto does go on
         run.save(step)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
 stopping = stopping or run.stopping()  # told during the last grid

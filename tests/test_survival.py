@@ -39,7 +39,7 @@ from conftest import (
 from safetensors.torch import load_file
 from tiny import hub_pipeline, hub_teacher
 
-from flow_sde import saved_steps
+from flow_sde import generators, saved_steps
 
 pytestmark = pytest.mark.usefixtures("numbers_only")
 EVERY_UPDATE = dict(save_every=1, num_steps=3)
@@ -99,6 +99,23 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_been(loras, tmp_path):
     train(whole)
     assert equal(checkpoint(out, 50), checkpoint(whole, 50)) and equal(saved(out), saved(whole))
     assert logged(out) == logged(whole)
+
+
+@pytest.mark.parametrize("train", [distill, sft])
+def test_a_run_stopped_in_its_first_update_goes_on(train, loras, tmp_path, monkeypatch):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+
+    def stopped(*details):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generators(*details)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flow_sde.generators", stopped)
+        train(loras, out, steps=2)
+    assert last_step(out) == 0 and not read_log(out)
+    train(loras, out, steps=2, resume="auto")
+    train(loras, whole, steps=2)
+    assert equal(checkpoint(out, 2), checkpoint(whole, 2)) and equal(saved(out), saved(whole))
 
 
 def torchrun(loras, out):
@@ -306,7 +323,8 @@ def test_a_folder_belongs_to_one_run(loras, tmp_path):
 def test_the_last_checkpoints_are_kept(loras, tmp_path):
     distill(loras, tmp_path, **EVERY_UPDATE, steps=5, keep=3)
     assert saved_steps(tmp_path) == ["000003", "000004", "000005"]
-    (tmp_path / "checkpoints/1000000").mkdir()
+    for step in ("999999", "1000000"):
+        (tmp_path / "checkpoints" / step).mkdir()
     assert saved_steps(tmp_path)[-1] == "1000000"
 
 

@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import datetime
 import errno
-import functools
 import glob
 import gzip
 import hashlib
@@ -38,6 +37,7 @@ import time
 import warnings
 import zlib
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -327,10 +327,9 @@ class Model:
         max_sequence_length=None,
     ):
         max_sequence_length = max_sequence_length or flag_defaults(model)["max_sequence_length"]
-        if max_sequence_length > self.most_tokens:
-            die(f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}")
-        if not use_t5 and not self.optional:
-            die(f"--no-t5: {model} has no T5 that it could do without")
+        wrong = f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}"
+        check(max_sequence_length <= self.most_tokens, wrong)
+        check(use_t5 or self.optional, f"--no-t5: {model} has no T5 that it could do without")
         self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload)
         self.transformer = self.pipe.transformer
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
@@ -344,10 +343,8 @@ class Model:
                 tensor.data = tensor.data.pin_memory()
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
-        self.max_length = max_sequence_length
-        for _, encoder, tokenizer in text_parts(self.pipe):
-            if not is_clip(encoder):
-                self.max_length = min(self.max_length, tokenizer.model_max_length)
+        longest = [t.model_max_length for _, encoder, t in text_parts(self.pipe) if not is_clip(encoder)]
+        self.max_length = min([max_sequence_length, *longest])
         self.scheduler = self.euler_scheduler()
         config = self.transformer.config
         self.embedded = config.get("guidance_embeds", False)  # guidance is a number that the network reads
@@ -556,9 +553,8 @@ class Model:
     ):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
         pipeline's. A picture that is not finite ends the program; without `strict` it is returned as NaN."""
-        draw = functools.partial(randn, gens, self.latent_shape(resolution), self.device)
-        asked = dict(cond=self.encode(prompts), adapter=adapter, guidance=guidance)
-        velocity = functools.partial(self.velocity, **asked)
+        draw = partial(randn, gens, self.latent_shape(resolution), self.device)
+        velocity = partial(self.velocity, cond=self.encode(prompts), adapter=adapter, guidance=guidance)
         sigmas = self.sigmas(num_steps, resolution)
         *_, last = rollout(velocity, draw(), sigmas, noise_level, sde, draw)
         return self.decode(last.x_next, adapter if strict else None)
@@ -584,10 +580,8 @@ class Model:
         folder = transformer_folder(locate(path))
         if not folder:
             return self.load_adapter(name, path)
-        kind = type(self.transformer)
-        found = read_json(os.path.join(folder, "config.json"))["_class_name"]
-        if found != kind.__name__:
-            die(f"{path}: a {found}; this model's transformer is a {kind.__name__}")
+        kind, found = type(self.transformer), read_json(os.path.join(folder, "config.json"))["_class_name"]
+        check(found == kind.__name__, f"{path}: a {found}; this model's transformer is a {kind.__name__}")
         network = load_network(kind, folder, self.dtype, self.device)
         for key in INPUTS:
             its, ours = network.config.get(key), self.transformer.config.get(key)
@@ -637,7 +631,7 @@ class Model:
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
         found = {}
-        for n, layer in self.pipe.transformer.named_modules():
+        for n, layer in linear_layers(self.transformer).items():
             if isinstance(layer, LoRALinear) and name in layer.lora_A:
                 A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
                 found[n] = A, B, layer.scaling[name] * len(A)
@@ -658,11 +652,8 @@ class Model:
 
     def weights(self, name):
         """{(module, "A" or "B"): parameter} of an adapter."""
-        found = {}
-        for key, p in self.pipe.transformer.named_parameters():
-            if m := re.fullmatch(rf"(.+)\.lora_([AB])\.{name}", key):
-                found[m[1], m[2]] = p
-        return found
+        form, parameters = re.compile(rf"(.+)\.lora_([AB])\.{name}"), self.transformer.named_parameters()
+        return {match.groups(): p for key, p in parameters if (match := form.fullmatch(key))}
 
 
 def filled(x, value):
@@ -826,10 +817,8 @@ def join_rows(first, *others):
 
 def take_rows(cond, rows):
     """Those rows of what `encode` returned, by their numbers."""
-    found = []
-    for c in cond:
-        found.append([c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)])
-    return tuple(found)
+    taken = ([c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)] for c in cond)
+    return tuple(taken)
 
 
 def text_parts(pipe):
@@ -848,8 +837,8 @@ def is_clip(encoder):
 
 
 def what_fits(model, most, shape, guidance):
-    """How many of `most` samples, at most 16, go through the network at once: half as many, and half of that,
-    until a step of a rollout, labelled and learnt, fits into every process's GPU. guidance: the student's."""
+    """How many of `most` samples go through the network at once: 16, or half as many, or half of that, until
+    a step of a rollout, labelled and learnt, fits into every process's GPU. guidance: the student's."""
     params, text = model.adapters[model.trained], "a " * model.max_length
 
     def learn(size):
@@ -1137,9 +1126,7 @@ def save_lora(lora, folder):
 def merge_loras(parts):
     """The exact weighted average of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k with the weights
     scaled to sum to 1, as one LoRA whose rank is the sum of theirs. parts: [({module: (A, B, alpha)},
-    weight), ...] -> {module: (A, B, alpha)}.
-
-    Averaging the A's and the B's instead is not that: it keeps 1/K^2 of each product and adds cross terms."""
+    weight), ...] -> {module: (A, B, alpha)}."""
     total, merged = sum(weight for _, weight in parts), {}
     for n in dict.fromkeys(n for lora, _ in parts for n in lora):
         As, Bs = [], []
@@ -1536,8 +1523,7 @@ def start_processes(track=None, out=None):
         asked = os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true")
         use = "use torchrun, or accelerate launch --multi_gpu"
         check(not asked, f"accelerate launch asks for {plugin}, which this program does without; {use}")
-    # How long processes wait for one another; one that dies is noticed by torchrun at once.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # torchrun sees the dead at once
     cpu = not torch.cuda.is_available() and "WORLD_SIZE" in os.environ
     return Accelerator(kwargs_handlers=[patience], cpu=cpu, log_with=track, project_dir=out)
 
@@ -1692,10 +1678,8 @@ class Run:
             found = reduce_sum(torch.tensor(float(bool(folders)), device=self.device)).item()
             if found == 0:
                 return 0
-            some = "some machines find checkpoints there and some do not"
-            check(
-                found == self.world, f"--out {self.out}: {some}; it must be a folder that all of them share"
-            )
+            wrong = f"--out {self.out}: some machines find checkpoints there and some do not"
+            check(found == self.world, f"{wrong}; it must be a folder that all of them share")
         folder, state = first_whole(folders, resume)
         theirs, ours = state["identity"], self.identity
         changed = [name for name in sorted(ours.keys() | theirs.keys()) if theirs.get(name) != ours.get(name)]
@@ -1771,9 +1755,11 @@ def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
     """Make a folder this run's own for as long as it lives, before anything is computed: one that another
     process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is a run in
     whose folder an older one left checkpoints or a LoRA, but to go on from the last of them. Returns where
-    `init` is to be read: the folder's own LoRA, in whose place the run will write, is kept beside it."""
+    `init` is to be read: a LoRA of the folder itself, in which the run will write, is kept beside."""
     lora, kept = os.path.join(out, "lora"), os.path.join(out, "init")
-    inside = init is not None and os.path.realpath(init) == os.path.realpath(lora)
+    path = pathlib.Path(os.path.realpath(init or "none"))
+    own = [pathlib.Path(os.path.realpath(folder)) for folder in (lora, os.path.join(out, "checkpoints"))]
+    inside = any(folder in (path, *path.parents) for folder in own)
     check(not (resume and overwrite), "--overwrite and --resume: give one of them")
     if accelerator is None or accelerator.is_main_process:
         lock_folder(out)
@@ -1787,8 +1773,9 @@ def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
         if os.path.exists(lora) and not steps and not inside and not overwrite:
             die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
         if inside and not goes_on:
+            check(os.path.exists(init), f"--init {init}: no such LoRA folder or file")
             shutil.rmtree(kept + ".new", ignore_errors=True)
-            shutil.copytree(lora, kept + ".new")
+            shutil.copytree(init if os.path.isdir(init) else os.path.dirname(init), kept + ".new")
             replace_folder(kept + ".new", kept)
     if accelerator is not None:
         accelerator.wait_for_everyone()

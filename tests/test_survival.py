@@ -351,6 +351,11 @@ def test_a_run_from_the_lora_in_its_own_folder_can_be_resumed(loras, tmp_path):
     expected = distill(loras, whole, **EVERY_UPDATE, steps=2)["model"]
     assert equal(checkpoint(cut, 2), checkpoint(whole, 2))
     assert equal(model.weights("start"), expected.weights("start"))
+    inside = partial(train, init=cut / "checkpoints/000002/lora/adapter_model.safetensors")
+    inside(steps=1, overwrite=True)
+    assert equal(inside(steps=3, resume="auto")["model"].weights("start"), model.weights("ema"))
+    message = refused("distill.py", init=tmp_path / "new/lora", out=tmp_path / "new")
+    assert message.endswith("no such LoRA folder or file")
 
 
 @pytest.mark.parametrize(

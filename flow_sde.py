@@ -510,14 +510,14 @@ class Model:
                 rows[i, : self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
         return to_device(rows, self.device)
 
-    def compile(self):
-        """torch.compile for the blocks of all networks, or an error. A graph serves all blocks of a kind and
-        all mixes of frozen adapters; every other number of rows is another graph."""
+    def compile(self, **options):
+        """torch.compile with its options for the blocks of all networks, or an error. A graph serves all
+        blocks of a kind and all mixes of frozen adapters; every other number of rows is another graph."""
         torch._dynamo.config.recompile_limit = 256
         for network in (self.transformer, *self.full.values()):
             for block in network.modules():
                 if type(block).__name__ in network._no_split_modules:
-                    block.compile(fullgraph=True, dynamic=False)
+                    block.compile(fullgraph=True, dynamic=False, **options)
 
     @torch.no_grad()
     def decode(self, latents, names=None):
@@ -1108,7 +1108,6 @@ def save_lora(lora, folder):
     for n, (A, B, _) in lora.items():
         tensors[f"{n}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"{n}.lora_B.weight"] = B.detach().cpu().contiguous()
-
     final = os.path.realpath(folder)
     folder = final + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
@@ -1149,9 +1148,7 @@ def truncate_lora(lora, rank):
         Qa, Ra = torch.linalg.qr(A.double().T)  # B A = Qb (Rb Ra^T) Qa^T
         U, S, Vh = torch.linalg.svd(Rb @ Ra.T * (alpha / len(A)))
         root = S[:rank].sqrt()
-        new_A = root[:, None] * (Vh[:rank] @ Qa.T)
-        new_B = Qb @ U[:, :rank] * root
-        found[n] = new_A.float(), new_B.float(), len(root)
+        found[n] = (root[:, None] * (Vh[:rank] @ Qa.T)).float(), (Qb @ U[:, :rank] * root).float(), len(root)
     return found
 
 
@@ -1423,10 +1420,8 @@ def load_prompts(task, path):
             row = {"prompt": row}
         text = row.get("prompt") if isinstance(row, dict) else None
         check(isinstance(text, str) and text.strip(), f'{path}: {place} has no "prompt"')
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            die(f"{path}: {place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
+        half = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+        check(not half, f"{path}: {place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
         if task is None or row.get("task", task) == task:
             prompts.append(row)
     check(prompts, f"{path}: no prompts in it" + (f' for the task "{task}"' if task else ""))
@@ -1447,11 +1442,9 @@ def read_rows(path):
             die(f"{path}: not JSON ({error})")
     rows = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        line = line.strip()
-        if not line:
-            continue
         try:
-            rows.append((f"line {number}", json.loads(line) if is_json else line))
+            if line.strip():
+                rows.append((f"line {number}", json.loads(line) if is_json else line.strip()))
         except ValueError as error:
             die(f"{path}: line {number} is not JSON ({error})")
     return rows
@@ -1615,9 +1608,8 @@ class Run:
         self.init = claim_folder(self.out, self.accelerator, args.resume, args.overwrite, args.init)
 
     def begin(self, model, adapter, optimizer, files, settings):
-        """The step to go on from, 0 in a new run. Trained are the adapter and its average, named "ema".
-        files: {what: path} whose content makes the run what it is; settings: what else does, beside the
-        flags. From here on Ctrl-C and SIGTERM ask to stop."""
+        """The step to go on from, 0 in a new run. Trained are the adapter and its average, "ema". files, by
+        content, and settings make the run what it is. From here on Ctrl-C and SIGTERM ask to stop."""
         self.model, self.adapter, self.optimizer = model, adapter, optimizer
         self.identity = run_identity(self.args, self.world, files) | settings
         start = self.resume()
@@ -1865,10 +1857,8 @@ def fingerprint(path):
     if os.path.isdir(path):
         inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
         files = sorted(filter(os.path.isfile, inside))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{os.path.relpath(file, path)} {file_hash(file)}\n".encode())
-    return digest.hexdigest()[:12]
+    hashes = "".join(f"{os.path.relpath(file, path)} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:12]
 
 
 def file_hash(file):
@@ -1901,8 +1891,7 @@ def plot_curves(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_log(out)
-    panels = {}
+    rows, panels = read_log(out), {}
     for key in dict.fromkeys(key for row in rows for key in row):
         if key not in ("step", "seconds", "memory_gb", "kl_by_sigma"):
             panels.setdefault(key.split("/")[0], []).append(key)
@@ -1914,10 +1903,8 @@ def plot_curves(out):
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, keys) in zip(axes.flat, panels.items()):
-        smallest = math.inf
         for key in keys:
             steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row])
-            smallest = min(smallest, *values)
             marker = "o" if len(steps) < 20 else None
             axis.plot(steps, values, label=key.partition("/")[2] or None, marker=marker, markersize=3)
         axis.set_title(title)
@@ -1925,7 +1912,7 @@ def plot_curves(out):
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
-        if title.startswith("kl") and smallest > 0:
+        if title.startswith("kl") and all(min(line.get_ydata()) > 0 for line in axis.lines):
             axis.set_yscale("log")
     figure.tight_layout()
     figure.savefig(os.path.join(out, "curves.png"), dpi=90)
@@ -1935,9 +1922,7 @@ def plot_curves(out):
 def draw_rows(run, rows, prompts):
     """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N
     prompts and noise in every row. The processes share the drawing. None if one was told to stop."""
-    args, jobs = run.args, []
-    for adapter, guidance in rows.values():
-        jobs += [(i, adapter, guidance) for i in range(len(prompts))]
+    args, jobs = run.args, [(i, *row) for row in rows.values() for i in range(len(prompts))]
     pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=run.device)
     mine = list(range(run.rank, len(jobs), run.world))
     for k in range(0, len(mine), args.eval_batch_size):

@@ -51,6 +51,7 @@ from flow_sde import (
     rollout,
     save_grid,
     save_lora,
+    saved_steps,
     say,
     take_rows,
     to_device,
@@ -304,6 +305,8 @@ for step in range(first_step, args.steps + 1):
             run.report({"step": step, **{f"validation/{n}": value for n, value in row["scores"].items()}})
         if rank == 0:
             if best:
+                if not saved_steps(args.out):  # a run can be gone on from as soon as it has a LoRA
+                    run.save(step)
                 save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
                 write_json(results_file, results)
             plot_curves(args.out)

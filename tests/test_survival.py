@@ -118,6 +118,16 @@ def test_a_run_stopped_in_its_first_update_goes_on(train, loras, tmp_path, monke
     assert equal(checkpoint(out, 2), checkpoint(whole, 2)) and equal(saved(out), saved(whole))
 
 
+def test_a_teacher_killed_after_its_first_lora_goes_on(tmp_path):
+    train, out = partial(teacher, eval_every=1, save_every=100), tmp_path / "run"
+    train(out, steps=3)
+    last = checkpoint(out, 3)
+    assert saved_steps(out) == ["000001", "000003"]
+    shutil.rmtree(out / "checkpoints/000003")
+    train(out, steps=3, resume="auto")
+    assert equal(checkpoint(out, 3), last)
+
+
 def torchrun(loras, out):
     """Two processes at a long run of quick updates, three of which are made."""
     flags = dict(teachers=specs(loras), init=loras["student"], anchor=loras["anchor"], resolution=16)

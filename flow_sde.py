@@ -374,8 +374,7 @@ class Model:
 
     def latent_shape(self, resolution):
         """(C, h, w) of a square picture, or (tokens, 4 C) if packed; what cannot be drawn is refused."""
-        config = self.transformer.config
-        side, rest = divmod(resolution, self.unit)
+        config, (side, rest) = self.transformer.config, divmod(resolution, self.unit)
         most = config.get("pos_embed_max_size")
         if rest or side <= 0 or most and side > most:
             limit = f" up to {most * self.unit}" if most else ""
@@ -531,7 +530,7 @@ class Model:
         finite = pictures.isfinite().flatten(1).all(1)
         if names is not None and not finite.all():
             name = names if isinstance(names, str) else names[finite.tolist().index(False)]
-            who = f"{name} ({self.sources.get(name, 'in training')})"
+            who = f"{name} ({self.sources[name]})"
             reason = (
                 f"its weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}"
             )
@@ -588,8 +587,7 @@ class Model:
             check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
         size = sum(p.nbytes for p in network.parameters()) / 1e9
         say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more on every device")
-        self.full[name] = network
-        self.sources[name] = path
+        self.full[name], self.sources[name] = network, path
 
     def new_adapter(self, name, rank, alpha, seed=0):
         """An untrained LoRA on the attention's projections: A Gaussian, B zero, so it starts as the base."""
@@ -608,10 +606,9 @@ class Model:
         mixed = [n for n in lora if n.startswith(self.token_layers)]
         reason = "where the tokens of all samples are one row, so that they could not have different adapters"
         check(not mixed, f"{path}: it adapts {listing(mixed)}, {reason}")
-        self.add_adapter(name, lora)
-        self.sources[name] = path
+        self.add_adapter(name, lora, path)
 
-    def add_adapter(self, name, lora):
+    def add_adapter(self, name, lora, source="in training"):
         """A frozen adapter, alpha/r B A more for a weight, from {module: (A (r, in), B (out, r), alpha)}."""
         assert name not in self.adapters, f"there is an adapter {name} already"
         if hasattr(torch.nn.ParameterDict(), name):
@@ -626,7 +623,7 @@ class Model:
                 new = new.detach().to(self.device, torch.float32, copy=True)
                 weights[name] = torch.nn.Parameter(new, requires_grad=False)
             layer.scaling[name] = alpha / len(A)
-        self.adapters[name] = list(self.weights(name).values())
+        self.adapters[name], self.sources[name] = list(self.weights(name).values()), source
 
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
@@ -639,8 +636,7 @@ class Model:
 
     def copy_adapter(self, source, name):
         """A frozen twin of an adapter under another name."""
-        self.add_adapter(name, self.lora(source))
-        self.sources[name] = f"from {source}"
+        self.add_adapter(name, self.lora(source), f"from {source}")
 
     def train_adapter(self, name):
         """Make this adapter the only one with gradients; returns its parameters (float32)."""
@@ -826,9 +822,8 @@ def text_parts(pipe):
     parts = []
     for name, encoder in pipe.components.items():
         if name.startswith("text_encoder") and encoder is not None:
-            tokenizer = pipe.components[name.replace("text_encoder", "tokenizer")]
-            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2-dev has a processor around it
-            parts.append((name, encoder, tokenizer))
+            found = pipe.components[name.replace("text_encoder", "tokenizer")]
+            parts.append((name, encoder, getattr(found, "tokenizer", found)))  # FLUX.2-dev has a processor
     return parts
 
 
@@ -1055,8 +1050,7 @@ def lora_settings(file, header, keys):
         plain = plain and isinstance(settings.lora_alpha, (int, float))
     except Exception as error:
         die(f"{source}: not the settings of a LoRA ({first_line(error)})")
-    needed = ("peft_type", "r", "lora_alpha", "target_modules")
-    seen = ", ".join(f"{key} {config.get(key)!r}" for key in needed)
+    seen = ", ".join(f"{k} {config.get(k)!r}" for k in ("peft_type", "r", "lora_alpha", "target_modules"))
     check(plain, f"{source}: not the settings of a plain LoRA: {seen}")
     more = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
     more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # not marked by peft 0.18
@@ -1271,8 +1265,7 @@ def first_line(error):
 def listing(names, most=4):
     """The first few of a list, for a message, and how many there are."""
     names = list(map(str, names))
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 # -- flags -------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ grpo() {  # grpo TASKS REWARDS
 
 distill() {  # distill TEACHERS: no table at the end
     echo python distill.py --teachers $1 --prompts $(files "$ALL" train) --eval-prompts --reward \
-        --batch-size 32 --micro-batch-size 32 --ema 0.5 --eval-every 1000 --save-every 4 --keep 100
+        --batch-size 32 --micro-batch-size 32 --ema 0.1 --eval-every 1000 --save-every 4 --keep 100
 }
 
 # A rollout is 16 prompts x 16 pictures and 4 updates for the hard task and what it takes part in, else half.
@@ -134,7 +134,7 @@ for s in $SEEDS; do
         run merge$k-$s python cold_start.py merge --teachers $(teachers "$k" $s)
     done
     run sft-$s python cold_start.py sft --teachers $(teachers "" $s) --prompts $(files "$ALL" train) \
-        --batch-size 32 --micro-batch-size 32 --ema 0.5 --save-every 4 --steps 24 --seed $s
+        --batch-size 32 --micro-batch-size 32 --ema 0.1 --save-every 4 --steps 24 --seed $s
     need merge-$s mergeq-$s mergec-$s sft-$s
 
     # -- stage 3: Flow-OPD, 40 updates of 32 pictures, each with the teachers of its seed ------------------
@@ -198,7 +198,7 @@ if [ $# = 3 ]; then
     need mergeall
     for s; do
         run ensemble-$s python distill.py --teachers $several --prompts $prompts --init $R/mergeall/lora \
-            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --ema 0.5 \
+            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --ema 0.1 \
             --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
     done
     need $(every_seed ensemble)

@@ -45,7 +45,9 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOCKS = []  # the locks of the folders this process writes, held until it ends
-go_on = "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
+HOW_TO_GO_ON = (
+    "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
+)
 for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional packages are not this program's
     os.environ.setdefault(library + "_VERBOSITY", "error")
 
@@ -291,7 +293,7 @@ class Model:
         return v_uncond + g * (v - v_uncond)
 
     def mu(self, tokens, num_steps):
-        """The shift of the schedule for a picture of so many tokens, if the scheduler shifts dynamically."""
+        """The shift of the schedule for so many tokens (FLUX.2: and steps), if it shifts dynamically."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -326,7 +328,7 @@ class Model:
         gradient_checkpointing=False,
         max_sequence_length=None,
     ):
-        max_sequence_length = max_sequence_length or flag_defaults(model)["max_sequence_length"]
+        max_sequence_length = max_sequence_length or defaults_of(model)["max_sequence_length"]
         wrong = f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}"
         check(max_sequence_length <= self.most_tokens, wrong)
         check(use_t5 or self.optional, f"--no-t5: {model} has no T5 that it could do without")
@@ -335,7 +337,7 @@ class Model:
         self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
         self.sources = {"base": model}  # what each name was loaded from
         self.asked, self.trained = Asked(), None
-        self.adapters = {}  # {name: [A, B, A, B, ...]}
+        self.adapters = {}  # {name: [A, B, A, B, ...]}, in the order of weights(name)
         self.stacked = {}  # {frozen adapter: how often its weights had been written when they were stacked}
         self.text_encoders = [encoder for _, encoder, _ in text_parts(self.pipe)]
         if torch.device(device).type == "cuda":
@@ -493,8 +495,8 @@ class Model:
         """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
         zero. The stacks are made anew when weights that are asked have been written since (PyTorch counts
         writes), as the moving average's are between two evaluations."""
-        written = {n: sum(p._version for p in self.adapters[n]) for n in set(names) - {"base"}}
-        if not written.items() <= self.stacked.items():
+        writes = {n: sum(p._version for p in self.adapters[n]) for n in set(names) - {"base"}}
+        if not writes.items() <= self.stacked.items():
             frozen = [n for n in self.adapters if n != self.trained]
             self.ranks = {n: max(len(A) for A in self.adapters[n][::2]) for n in frozen}
             self.stacked = {n: sum(p._version for p in self.adapters[n]) for n in frozen}
@@ -502,7 +504,7 @@ class Model:
                 if isinstance(layer, LoRALinear):
                     layer.stack(self.ranks)
         first = dict(zip(self.ranks, itertools.accumulate(self.ranks.values(), initial=1)))
-        most = max(self.ranks[n] for n in written)
+        most = max(self.ranks[n] for n in writes)
         rows = torch.zeros(len(names), most, dtype=torch.long)
         for i, n in enumerate(names):
             if n != "base":
@@ -794,7 +796,7 @@ def load_model(args, device):
     return model
 
 
-def flag_defaults(model):
+def defaults_of(model):
     """What the flags of Model.defaults are for a folder or hub id where they are not given."""
     folder, pipeline, _ = pipeline_folder(model, only=["transformer/config.json"])
     index, config = (os.path.join(folder, name) for name in ("model_index.json", "transformer/config.json"))
@@ -1302,7 +1304,7 @@ def parse_args(parser, toy):
     args = parser.parse_args()
     open_flags = [name for name in Model.defaults if getattr(args, name, "") is None]
     if open_flags:
-        defaults = flag_defaults(args.model)
+        defaults = defaults_of(args.model)
         for name in open_flags:
             setattr(args, name, defaults[name])
         if "model" in parser.given:
@@ -1354,8 +1356,8 @@ def refuse_given(parser, flags, reason):
 
 def catch_full(known):
     """A full disk or a full GPU is no bug: it gets one line too. known: the script's flags."""
-    global go_on
-    go_on = "--resume auto goes on" if "--resume" in known else "the same command goes on"
+    global HOW_TO_GO_ON
+    HOW_TO_GO_ON = "--resume auto goes on" if "--resume" in known else "the same command goes on"
     batch = "--micro-batch-size 1" if "--micro-batch-size" in known else "--batch-size 1"
     frugal = [batch, "--eval-batch-size 1", "--gradient-checkpointing", "--offload-text-encoders", "--no-t5"]
     advice = ", ".join(flag for flag in frugal if flag.split()[0] in known)
@@ -1366,7 +1368,7 @@ def catch_full(known):
             message = f"the GPU's memory is full; less of it is needed with {advice} ({said})"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             lost = f"{error.strerror}: {error.filename or 'a file of this run'} could not be written"
-            message = f"{lost}; what was saved before is whole. Make room, then {go_on}"
+            message = f"{lost}; what was saved before is whole. Make room, then {HOW_TO_GO_ON}"
         else:
             return sys.__excepthook__(kind, error, trace)
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
@@ -1516,7 +1518,7 @@ def start_processes(track=None, out=None):
 
 def end_processes(accelerator, failure=None):
     """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads
-    sometimes abort an interpreter that shuts down, and so do threads that score: then that is skipped."""
+    sometimes abort an interpreter that shuts down, and so do threads that score: then its shutdown is skipped."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     scoring = any(thread.name.startswith("reward ") for thread in threading.enumerate())
@@ -1537,7 +1539,7 @@ def reduce_sum(tensor):
         except RuntimeError as error:
             this = f"process {torch.distributed.get_rank()} could not reach the others of this job"
             reason = "one has died, or this GPU is out of memory. What was saved before is whole"
-            die(f"{this}, so it ends too: {reason}, {go_on} ({first_line(error)[:160]})")
+            die(f"{this}, so it ends too: {reason}, {HOW_TO_GO_ON} ({first_line(error)[:160]})")
     return tensor
 
 

@@ -375,16 +375,16 @@ for step in range(first_step, args.steps + 1):
     terms, norms = 0, []
     for k in range(args.updates_per_rollout):
         # Every update sees pictures of every group
-        share = torch.arange(k, samples, args.updates_per_rollout)
-        share = share[telling[rank * samples + share]]
-        number = telling[k :: args.updates_per_rollout].sum().item() * len(trajectory)  # pictures x steps
-        if number == 0:
+        chosen = torch.arange(k, samples, args.updates_per_rollout)
+        chosen = chosen[telling[rank * samples + chosen]]
+        count = telling[k :: args.updates_per_rollout].sum().item() * len(trajectory)  # pictures x steps
+        if count == 0:
             continue
-        for i in range(0, len(share), micro):
+        for i in range(0, len(chosen), micro):
             if k == 0 and run.stop.name:  # later updates follow one that was made, and are finished
                 break
-            rows = to_device(share[i : i + micro], device)
-            groups_of = (share[i : i + micro] // args.group_size).tolist()
+            rows = to_device(chosen[i : i + micro], device)
+            groups_of = (chosen[i : i + micro] // args.group_size).tolist()
             cond = take_rows(conds, groups_of)
             others = [reference[mine[group][0]] for group in groups_of]
             for s in trajectory:
@@ -405,14 +405,14 @@ for step in range(first_step, args.steps + 1):
         if stopping:
             break
         # update: clip, AdamW, moving average
-        norms.append(descend(optimizer, params, number * dimensions))
+        norms.append(descend(optimizer, params, count * dimensions))
         if not math.isfinite(norms[-1]):
             die(
                 f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in "
                 f"{args.out} are as they were. Try a smaller --lr or another --dtype"
             )
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
-        terms += number
+        terms += count
     if stopping:
         break
 

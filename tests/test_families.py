@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from flow_sde import (
     FAMILIES,
-    flag_defaults,
+    defaults_of,
     generators,
     learnt,
     linear_layers,
@@ -222,7 +222,7 @@ def test_every_stage(name, folder, tmp_path, numbers_only):
     run("cold_start.py", "sft", **quick, steps=1, out=tmp_path / "sft")
     student = tmp_path / "student"
     made = run("distill.py", **quick, anchor="base", eval_num_steps=2, steps=2, out=student)
-    defaults, args = flag_defaults(base), read_json(student, "args.json")
+    defaults, args = defaults_of(base), read_json(student, "args.json")
     assert args["guidance"] == defaults["guidance"] and args["dtype"] == defaults["dtype"]
     assert made["model"].transformer.dtype == getattr(torch, defaults["dtype"])
     assert len(read_log(student)) == 2 and made["sigmas"] == learnt(made["model"].sigmas(2, 32))
@@ -291,12 +291,12 @@ def test_defaults(folder, tmp_path, capsys):
     index = read_json(klein, "model_index.json") | {"is_distilled": True}
     (klein / "model_index.json").write_text(json.dumps(index))
     distilled = dict(resolution=512, guidance=1.0, dtype="bfloat16", max_sequence_length=512)
-    assert flag_defaults(str(klein)) == distilled
-    assert flag_defaults(folder("schnell")) == distilled | dict(max_sequence_length=256)
-    assert flag_defaults(folder("flux")) == distilled | dict(guidance=3.5)
-    assert flag_defaults(folder("klein")) == flag_defaults(folder("qwen")) == distilled | dict(guidance=4.0)
+    assert defaults_of(str(klein)) == distilled
+    assert defaults_of(folder("schnell")) == distilled | dict(max_sequence_length=256)
+    assert defaults_of(folder("flux")) == distilled | dict(guidance=3.5)
+    assert defaults_of(folder("klein")) == defaults_of(folder("qwen")) == distilled | dict(guidance=4.0)
     sana = dict(resolution=1024, guidance=4.5, max_sequence_length=300)
-    assert flag_defaults(folder("sana")) == distilled | sana
+    assert defaults_of(folder("sana")) == distilled | sana
     draw = dict(prompt="a cup", num_images=1, num_steps=1, resolution=32)
     run("sample.py", model=folder("flux"), **draw, out=tmp_path / "out")
     said = "its defaults: --guidance 3.5, --dtype bfloat16, --max-sequence-length 512"

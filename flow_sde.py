@@ -45,9 +45,7 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOCKS = []  # the locks of the folders this process writes, held until it ends
-HOW_TO_GO_ON = (
-    "the same command goes on"  # after an interruption; parse_args knows better where there is --resume
-)
+HOW_TO_GO_ON = "the same command goes on"  # after an interruption; catch_full knows of --resume
 for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional packages are not this program's
     os.environ.setdefault(library + "_VERBOSITY", "error")
 
@@ -1518,7 +1516,8 @@ def start_processes(track=None, out=None):
 
 def end_processes(accelerator, failure=None):
     """Leave together; with `failure`, this process says what failed and exits with 1. gloo's threads
-    sometimes abort an interpreter that shuts down, and so do threads that score: then its shutdown is skipped."""
+    sometimes abort an interpreter that shuts down, and so do threads that score: then that
+    shutdown is skipped."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     scoring = any(thread.name.startswith("reward ") for thread in threading.enumerate())

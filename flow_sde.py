@@ -276,46 +276,6 @@ class Model:
     attention = "attn"  # what the modules are called whose projections an untrained LoRA adapts
     token_layers = ()  # whose input is all samples' tokens in one row, so that samples cannot differ there
 
-    @classmethod
-    def distilled(cls, index, config):
-        """Whether guidance was distilled into it, from model_index.json and the transformer's config.json."""
-        return False
-
-    @classmethod
-    def flag_defaults(cls, index, config):
-        """What flags are where they are not given, from the same files."""
-        return cls.defaults | (cls.distilled_defaults if cls.distilled(index, config) else {})
-
-    def guide(self, v, v_uncond, g):
-        """Classifier-free guidance. v, v_uncond: (B, ...); g: a number, or (B, 1, ...) -> (B, ...)."""
-        return v_uncond + g * (v - v_uncond)
-
-    def mu(self, tokens, num_steps):
-        """The shift of the schedule for so many tokens (FLUX.2: and steps), if it shifts dynamically."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
-
-    def euler_scheduler(self):
-        kind, ours = type(self.pipe.scheduler).__name__, "FlowMatchEulerDiscreteScheduler"
-        its = f"--model {self.sources['base']}: its scheduler"
-        check(kind == ours, f"{its} is a {kind}; this program samples as {ours} does")
-        noisy = self.pipe.scheduler.config.stochastic_sampling
-        check(not noisy, f"{its} has stochastic_sampling; here --noise-level makes noise")
-        return self.pipe.scheduler
-
-    def to_vae(self, latents):
-        """Latents (B, ...) -> what the VAE decodes, (B, C, h, w)."""
-        config = self.pipe.vae.config
-        return self.unpack(latents) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-
-    def unpack(self, latents):
-        if not self.packed:
-            return latents
-        side = math.isqrt(latents.shape[1]) * self.unit
-        return self.pipe._unpack_latents(latents, side, side, self.pipe.vae_scale_factor)
-
     def __init__(
         self,
         model,
@@ -357,6 +317,50 @@ class Model:
         told |= dict(device=device, max_sequence_length=self.max_length, do_classifier_free_guidance=False)
         self.text_options = {name: told[name] for name in known if name in told and name != "prompt"}
         self.null = self.encode([self.null_prompt], **self.null_options)
+
+    # -- what a family may say otherwise ---------------------------------------------------------------------
+
+    @classmethod
+    def distilled(cls, index, config):
+        """Whether guidance was distilled into it, from model_index.json and the transformer's config.json."""
+        return False
+
+    @classmethod
+    def flag_defaults(cls, index, config):
+        """What flags are where they are not given, from the same files."""
+        return cls.defaults | (cls.distilled_defaults if cls.distilled(index, config) else {})
+
+    def guide(self, v, v_uncond, g):
+        """Classifier-free guidance. v, v_uncond: (B, ...); g: a number, or (B, 1, ...) -> (B, ...)."""
+        return v_uncond + g * (v - v_uncond)
+
+    def mu(self, tokens, num_steps):
+        """The shift of the schedule for so many tokens (FLUX.2: and steps), if it shifts dynamically."""
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(tokens, *(self.scheduler.config[name] for name in names))
+
+    def euler_scheduler(self):
+        kind, ours = type(self.pipe.scheduler).__name__, "FlowMatchEulerDiscreteScheduler"
+        its = f"--model {self.sources['base']}: its scheduler"
+        check(kind == ours, f"{its} is a {kind}; this program samples as {ours} does")
+        noisy = self.pipe.scheduler.config.stochastic_sampling
+        check(not noisy, f"{its} has stochastic_sampling; here --noise-level makes noise")
+        return self.pipe.scheduler
+
+    def to_vae(self, latents):
+        """Latents (B, ...) -> what the VAE decodes, (B, C, h, w)."""
+        config = self.pipe.vae.config
+        return self.unpack(latents) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def unpack(self, latents):
+        if not self.packed:
+            return latents
+        side = math.isqrt(latents.shape[1]) * self.unit
+        return self.pipe._unpack_latents(latents, side, side, self.pipe.vae_scale_factor)
+
+    # -- asking it -------------------------------------------------------------------------------------------
 
     def sigmas(self, num_steps, resolution):
         """The num_steps + 1 sigmas from 1 to 0, floats, that the scheduler visits for a square picture."""

@@ -841,7 +841,7 @@ def what_fits(model, most, shape, guidance):
     params, text = model.adapters[model.trained], "a " * model.max_length
 
     def learn(size):
-        later = [torch.empty_like(p) for p in params for _ in range(4)]  # noqa: F841 - AdamW's and reduction's
+        later = [torch.empty_like(p) for p in params for _ in range(4)]  # noqa: F841 - held, as AdamW will
         x = torch.zeros(size, *shape, device=model.device)
         cond = model.encode([text] * size)  # as long as it can be
         v = model.velocity(x, 0.5, cond, model.trained, guidance)

@@ -2,8 +2,8 @@
 # Nine minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
 # (random weights) cost? Each part has its own time limit; what it printed and its figures lie in out/gpu.
 #
-#     bash experiments/gpu.sh                            # about 80 GB of GPU memory; OUT=DIR for another folder
-#     MODEL=tiny-random bash experiments/gpu.sh          # a try, also without a GPU
+#     bash experiments/gpu.sh                        # about 80 GB of GPU memory; OUT=DIR for another folder
+#     MODEL=tiny-random bash experiments/gpu.sh      # a try, also without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu}

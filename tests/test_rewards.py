@@ -214,6 +214,17 @@ def test_a_prompt_without_text_is_refused(prompt):
         rewards.text_score("x", prompt)
 
 
+def test_edit_distance():
+    assert rewards.edit_distance("kitten", "sitting") == 3
+    assert rewards.edit_distance("", "ab") == 2
+
+
+def test_jpeg():
+    flat, noise = torch.full((1, 3, 64, 64), 0.5), torch.rand(1, 3, 64, 64)
+    assert rewards.jpeg(flat)[0] > rewards.jpeg(noise)[0]
+    assert rewards.jpeg(torch.cat([flat, noise])).shape == (2,)
+
+
 SCRIPTS = [("Привет", "п"), ("สวัสดี", "ส"), ("مرحبا", "م"), ("안녕", "안"), ("नमस्ते", "न")]
 
 

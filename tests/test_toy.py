@@ -64,35 +64,6 @@ def test_what_is_asked_for_is_what_is_counted():
     assert toy.ocr(sign, ['a white sign saying "HTT"']).item() == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(
-    "read, prompt, score",
-    [
-        ("HELLO", 'a sign saying "Hello"', 1.0),
-        ("h e l l o", 'a "hello" there', 1.0),
-        ("xxhelloyy", '"hello"', 1.0),
-        ("", '"hello"', 0.0),
-        ("helo", '"hello"', 0.8),
-        ("something else", '"abc"', 0.0),
-        ("ab", '"a b" and "cd"', 1.0),
-        ("abc", "“abc”", 1.0),
-    ],
-)
-def test_text_score(read, prompt, score):
-    assert rewards.text_score(read, prompt) == pytest.approx(score)
-
-
-def test_text_score_needs_quotes():
-    with pytest.raises(ValueError, match="double quotes"):
-        rewards.text_score("x", "no quotes")
-    assert rewards.edit_distance("kitten", "sitting") == 3 and rewards.edit_distance("", "ab") == 2
-
-
-def test_jpeg():
-    flat, noise = torch.full((1, 3, 64, 64), 0.5), torch.rand(1, 3, 64, 64)
-    assert rewards.jpeg(flat)[0] > rewards.jpeg(noise)[0]
-    assert rewards.jpeg(torch.cat([flat, noise])).shape == (2,)
-
-
 def test_the_identity_vae():
     vae, x = identity_vae(), torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():

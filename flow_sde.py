@@ -140,7 +140,8 @@ def update_average(ema, params, decay, update):
     d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). These sum to
     1 from the first update on: where the run started has no weight, and there is no warm-up."""
     d = decay ** (1 / 8)
-    torch._foreach_lerp_(ema, [p.detach() for p in params], (1 - d) / (1 - d**update))
+    for average, p in zip(ema, params, strict=True):
+        average.lerp_(p.detach(), (1 - d) / (1 - d**update))
 
 
 def learnt(sigmas):
@@ -496,7 +497,7 @@ class Model:
     def _rows(self, names):
         """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
         zero. The stacks are made anew when weights that are asked have been written since (PyTorch counts
-        writes), as the moving average's are between two evaluations."""
+        writes, though on CUDA not those of torch._foreach_*), as the moving average's are."""
         writes = {n: sum(p._version for p in self.adapters[n]) for n in set(names) - {"base"}}
         if not writes.items() <= self.stacked.items():
             frozen = [n for n in self.adapters if n != self.trained]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import BASE, ROOT, TASKS, command, few, finish, read_json, read_log
 
-from flow_sde import SD3, generators, randn
+from flow_sde import SD3, generators, randn, update_average
 
 CUDA = torch.cuda.is_available()
 PROMPTS = ["two red circles and one blue square", 'a yellow sign saying "HAT"', "a red house", "a pine"]
@@ -29,10 +29,14 @@ def numbers(dtype, device, checkpointing=False):
     with torch.no_grad():
         model.velocity(x, 0.7, cond, names, 2.0)
     (v * w).sum().backward()
+    update_average(model.adapters["ocr"], model.adapters["compose"], decay=0.9, update=2)
+    with torch.no_grad():
+        averaged = model.velocity(x, 0.7, cond, "ocr")
     found = {
         "embeddings": cond[0],
         "pooled": cond[1],
         "adapters": mixed,
+        "average": averaged,
         "student": v.detach(),
         "gradient": torch.cat([p.grad.flatten() for p in params]),
         "pictures": model.decode(x),

@@ -15,13 +15,13 @@ import accelerate
 import pytest
 import tiny
 import torch
-from conftest import ROOT, distill, few, random_b, read_log, run, sft, specs, teacher
+from conftest import BASE, ROOT, distill, few, random_b, read_log, run, sft, specs, teacher
 from torch.utils import _python_dispatch as dispatch
 from torch.utils import _pytree as tree
 from torch.utils import backend_registration
 
 import flow_sde
-from flow_sde import SD3, to_device
+from flow_sde import SD3, to_device, update_average
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this PyTorch has no devices made in Python", allow_module_level=True)
@@ -210,6 +210,18 @@ def test_pictures(tmp_path, loras, gpu):
     drawing = sum(times for (_, text), times in gpu.items() if "model.generate(" in text)
     assert drawing == encoders + 1  # is the picture finite?
     only_at(gpu, *loading, "model.generate(", "pil(drawn)")
+
+
+def test_the_average_that_is_drawn_is_the_latest(loras, gpu):
+    """CUDA's torch._foreach_lerp_ writes what PyTorch does not count as written."""
+    model = SD3(BASE, device=GPU)
+    model.load_adapter("ema", loras["ocr"])
+    x = torch.ones(1, *model.latent_shape(16), device=GPU)
+    with torch.no_grad():
+        before, base = (model.velocity(x, 0.5, model.null, name) for name in ("ema", "base"))
+        update_average(model.adapters["ema"], [0 * p for p in model.adapters["ema"]], decay=0.9, update=1)
+        after = model.velocity(x, 0.5, model.null, "ema")
+    assert not torch.equal(before.numbers, base.numbers) and torch.equal(after.numbers, base.numbers)
 
 
 def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):

@@ -265,14 +265,15 @@ def floor(base):
 # --gpu-report: one step of distill.py's loop, in many sizes
 
 
-def gpu_report(folder, base, rate):
-    """{"rows": [...], "kernels": [(share, milliseconds, times, name), ...], "matrix_flops_per_second"}."""
+def gpu_report(folder, base, rate, out):
+    """Prints a row as soon as it is measured. `out`, a JSON file: {"rows": [...], "kernels": [(share,
+    milliseconds, times, name), ...], "matrix_flops_per_second"}, with what is known so far."""
     watch, model = meter.Watch(), SD3(base, dtype, device)
     for i, name in enumerate(("t0", "t1", "t2", "t3", "t4", "anchor", "student")):
         model.load_adapter(name, f"{folder}/{i}")
     model.train_adapter("student")
     shape, null = model.latent_shape(args.resolution), model.null
-    rows, flops = [], {}
+    report, flops = dict(rows=[], kernels=[], matrix_flops_per_second=rate), {}
 
     def step(size, teachers=3):
         x = torch.randn(size, *shape, device=device)
@@ -314,13 +315,13 @@ def gpu_report(folder, base, rate):
             found = measure_step(size, teachers, tokens)
         except Exception as error:  # out of memory, or no compiler here: the other rows count all the same
             found = dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
-        rows.append(dict(what=what, size=size, tokens=tokens) | found)
+        report["rows"].append(dict(what=what, size=size, tokens=tokens) | found)
+        print_step(report["rows"][-1])
+        write_json(out, report)
 
-    for size in (1, 4, 8, 16):
+    print_report_head(rate)
+    for size in (8, 1, 4, 16):
         row("", size)
-    with torch.profiler.profile() as profiler:
-        step(8)
-        meter.synchronize()
     row("five teachers", 8, teachers=5)
     model.null = null[0][:, :-128], null[1]
     row("128 tokens fewer", 8)
@@ -329,13 +330,18 @@ def gpu_report(folder, base, rate):
     for size in (1, 8, 16, 32):
         row("gradient checkpointing", size)
     model.transformer.disable_gradient_checkpointing()
+    report["kernels"] = longest_kernels(lambda: step(8))
+    print_kernels(report["kernels"])
     model.compile()
     for size in (8, 16):
         row("compiled", size)
-    return dict(rows=rows, kernels=longest_kernels(profiler), matrix_flops_per_second=rate)
 
 
-def longest_kernels(profiler):
+def longest_kernels(step):
+    """The 15 that step() spends most time in."""
+    with torch.profiler.profile() as profiler:
+        step()
+        meter.synchronize()
     kernels = []
     for event in profiler.key_averages():
         if device.type != "cuda":
@@ -356,38 +362,52 @@ def memory(row):
     return f"{row['memory_gb']:.2f}{held}"
 
 
-def print_report(report):
-    each = args.batch_size * (args.num_steps - 1)
-    rate = report["matrix_flops_per_second"] / 1e12
-    print(f"a step of distill.py, milliseconds; MFU is of {rate:.3g} TFLOP/s, the rate of a large matrix")
+def print_report_head(rate):
+    print(
+        f"a step of distill.py, milliseconds; MFU is of {rate / 1e12:.3g} TFLOP/s, the rate of a large matrix"
+    )
     print(f"product; an update: {args.batch_size} samples x {args.num_steps - 1} steps\n")
     print(
         "| micro-batch | tokens | a step | CPU busy | student | backward | teachers | anchor | MFU | ", end=""
     )
-    print("an update, s | memory, GB (reserved) |\n" + "|---" * 11 + "|")
-    for row in report["rows"]:
-        name = f"{row['size']} {row['what']}".strip()
-        if "failed" in row:
-            print(f"| {name} | {row['tokens']} | {row['failed']}" + " |" * 9)
-            continue
-        parts = [row["parts"][part] for part in ("student", "backward", "teachers", "anchor or base")]
-        times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (row["seconds"], row["launched"], *parts))
-        update = each * row["seconds"] / row["size"]
-        print(f"| {name} | {row['tokens']} | {times} | {row['mfu']:.0%} | {update:.2f} | {memory(row)} |")
+    print("an update, s | memory, GB (reserved) |\n" + "|---" * 11 + "|", flush=True)
+
+
+def print_step(row):
+    name = f"{row['size']} {row['what']}".strip()
+    if "failed" in row:
+        print(f"| {name} | {row['tokens']} | {row['failed']}" + " |" * 9, flush=True)
+        return
+    parts = [row["parts"][part] for part in ("student", "backward", "teachers", "anchor or base")]
+    times = " | ".join(f"{1e3 * seconds:.1f}" for seconds in (row["seconds"], row["launched"], *parts))
+    update = args.batch_size * (args.num_steps - 1) * row["seconds"] / row["size"]
+    print(
+        f"| {name} | {row['tokens']} | {times} | {row['mfu']:.0%} | {update:.2f} | {memory(row)} |",
+        flush=True,
+    )
+
+
+def print_kernels(kernels):
     print("\nwhat takes longest, micro-batch 8:")
-    for share, milliseconds, times, name in report["kernels"]:
+    for share, milliseconds, times, name in kernels:
         print(f"{share:6.1%} {milliseconds:9.2f} ms {times:6d} x {name}")
+    print(flush=True)
 
 
-def print_recipes(rows):
+def print_recipes_head():
     print("| recipe | seconds | forwards (with a graph), samples | TFLOP | over the floor | MFU |", end="")
-    print(" memory, GB (reserved) | outside the network |\n" + "|---" * 8 + "|")
-    for row in rows:
-        inside = [row["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward")]
-        samples = f"{row['samples']['forwards']} ({row['samples']['with a graph']})"
-        costs = f"{row['flops'] / 1e12:.3f} | {row['flops'] / row['floor']:.2f} | {row['mfu']:.0%}"
-        last = f"{memory(row)} | {1 - sum(inside):.1%}"
-        print(f"| {row['recipe']} | {row['seconds']:.2f} | {samples} | {costs} | {last} |")
+    print(" memory, GB (reserved) | outside the network |\n" + "|---" * 8 + "|", flush=True)
+
+
+def print_recipe(row):
+    inside = [row["parts"].get(part, 0) for part in ("student", "teachers", "anchor or base", "backward")]
+    samples = f"{row['samples']['forwards']} ({row['samples']['with a graph']})"
+    costs = f"{row['flops'] / 1e12:.3f} | {row['flops'] / row['floor']:.2f} | {row['mfu']:.0%}"
+    last = f"{memory(row)} | {1 - sum(inside):.1%}"
+    print(f"| {row['recipe']} | {row['seconds']:.2f} | {samples} | {costs} | {last} |", flush=True)
+
+
+def print_parts(rows):
     for row in rows:
         parts = ", ".join(f"{part} {share:.1%}" for part, share in row["parts"].items())
         print(f"\n{row['recipe']}: {parts}")
@@ -403,7 +423,7 @@ if args.inside:
     base = f"{args.inside}/base" if args.model in meter.SIZES else args.model
     rate = meter.matrix_rate(dtype)
     if args.gpu_report:
-        write_json(args.out, gpu_report(args.inside, base, rate))
+        gpu_report(args.inside, base, rate, args.out)
         sys.exit()
 
     def recipe(boundary):
@@ -436,25 +456,33 @@ with tempfile.TemporaryDirectory() as folder:
     meter.free()
     prompts = ("a red fox", "two cups", "a quiet harbour", "an old clock")
     pathlib.Path(folder, "prompts.txt").write_text("\n".join(f"a picture of {what}" for what in prompts))
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    print(
+        f"\n{args.script} on {args.model} ({size:.0f} M), "
+        f"{args.batch_size} samples x {args.num_steps} steps, {args.resolution} px, {tokens} tokens, "
+        f"guidance {args.guidance:g}, {args.dtype}, {args.teachers} teachers and an anchor; "
+        f"{where}, torch {torch.__version__}\n",
+        flush=True,
+    )
+    if not args.gpu_report:
+        print_recipes_head()
     for recipe in args.recipe:
-        own = ["--recipe", recipe, "--inside", folder, "--out", f"{folder}/figures.json"]
+        figures = f"{folder}/figures.json"
+        if args.gpu_report:  # which prints and writes a row at a time
+            figures = args.out or figures
+        own = ["--recipe", recipe, "--inside", folder, "--out", figures]
         command = [sys.executable, __file__, *sys.argv[1:], *own]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(command, stdout=None if args.gpu_report else subprocess.DEVNULL).returncode:
             failed.append(recipe)
             continue
-        rows.append(json.loads(pathlib.Path(folder, "figures.json").read_text()))
-        if args.out:
-            write_json(args.out, rows)
+        if not args.gpu_report:
+            rows.append(json.loads(pathlib.Path(figures).read_text()))
+            print_recipe(rows[-1])
+            if args.out:
+                write_json(args.out, rows)
 
-where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-print(
-    f"\n{args.script} on {args.model} ({size:.0f} M), {args.batch_size} samples x {args.num_steps} steps, "
-    f"{args.resolution} px, {tokens} tokens, guidance {args.guidance:g}, {args.dtype}, "
-    f"{args.teachers} teachers and an anchor; {where}, torch {torch.__version__}\n"
-)
-if rows and args.gpu_report:
-    print_report(rows[0])
-elif rows:
-    print_recipes(rows)
+print_parts(rows)
 if failed:
     die(f"--recipe {', '.join(failed)} failed: what was said stands above")

@@ -90,7 +90,7 @@ def test_gpu_script(tmp_path):
     """Its commands, with a python that only writes down how it was called, have flags that exist."""
     fake = tmp_path / "bin/python"
     fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho "$@" | tr "\\n" " " >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
+    fake.write_text(f'#!/bin/sh\necho "$(echo "$@" | tr "\\n" " ")" >> {tmp_path}/calls\n')
     fake.chmod(0o755)
     env = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
     subprocess.run(["bash", "experiments/gpu.sh"], cwd=ROOT, env=env, check=True, capture_output=True)

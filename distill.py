@@ -80,7 +80,8 @@ TOY = dict(
     dtype="float32",
     batch_size=48,
     micro_batch_size=48,
-    steps=140,
+    label_steps=5,
+    steps=180,
     lr=2e-3,
     eval_prompts=[f"{task}=toy/prompts/{task}_test.txt" for task in TASKS],
     reward=["toy.compose", "toy.ocr", "toy.scene", "toy.quality"],
@@ -109,7 +110,7 @@ add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, see above (paper: kl)")
-add("--label-steps", type=int, default=0, help="steps of a rollout that are labelled, drawn anew; 0: all")
+add("--label-steps", type=int, default=0, help="most steps of a rollout to label, drawn anew; 0: all")
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) they are drawn by, 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and rollout")
@@ -162,8 +163,6 @@ eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_f
 check(bool(args.reward) == bool(args.eval_prompts), "--reward and --eval-prompts: give both or neither")
 check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; the last may not be learnt")
 check(args.noise_level > 0, "--noise-level 0: must be positive (for deterministic rollouts: --sde ode)")
-most = args.num_steps - 1
-check(args.label_steps <= most, f"--label-steps {args.label_steps}: must lie in 0..{most}, below --num-steps")
 check(min(args.label_density) > 0, "--label-density: both must be positive")
 if args.objective == "kl":
     refuse_given(parser, ("clip_range", "updates_per_rollout"), "only for --objective ppo and ppo-paper")
@@ -218,7 +217,7 @@ sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
 learnt_steps = list(zip(sigmas[:-1], sigmas[1:]))
 gaussian = partial(transition, noise_level=args.noise_level, sde="flow")  # (x, v, t, t_next) -> mean, std
 weight_at = step_weights(learnt_steps, args.noise_level, "flow", args.weighting)  # {t: what its KL counts}
-label_count = args.label_steps or len(learnt_steps)  # steps labelled in a rollout
+label_count = min(args.label_steps or len(learnt_steps), len(learnt_steps))  # steps labelled in a rollout
 samples, dimensions = args.batch_size * args.group_size, math.prod(shape)  # of a rollout here; of a latent
 terms = world * samples * label_count * dimensions  # of a gradient
 micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward

@@ -91,7 +91,7 @@ grpo() {  # grpo TASKS REWARDS
 
 distill() {  # distill TEACHERS: no table at the end
     echo python distill.py --teachers $1 --prompts $(files "$ALL" train) --eval-prompts --reward \
-        --batch-size 32 --micro-batch-size 32 --ema 0.1 --eval-every 1000 --save-every 4 --keep 100
+        --batch-size 32 --micro-batch-size 32 --label-steps 0 --ema 0.1 --eval-every 1000 --save-every 4 --keep 100
 }
 
 # A rollout is 16 prompts x 16 pictures and 4 updates for the hard task and what it takes part in, else half.
@@ -198,8 +198,8 @@ if [ $# = 3 ]; then
     need mergeall
     for s; do
         run ensemble-$s python distill.py --teachers $several --prompts $prompts --init $R/mergeall/lora \
-            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --ema 0.1 \
-            --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
+            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --label-steps 0 \
+            --ema 0.1 --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
     done
     need $(every_seed ensemble)
 fi

@@ -242,7 +242,6 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
     ("distill.py --resolution 64", "--resolution 64"),
     ("distill.py --objective ppo --sde ode", "--objective ppo"),
     ("distill.py --noise-level 0", "must be positive"),
-    ("distill.py --label-steps 10", "--label-steps 10: must "),
     ("distill.py --label-density 5 0", "--label-density: both must be positive"),
     ("distill.py --ema 1", "--ema 1.0: must be below 1"),
     ("distill.py --resume {tmp}", "no checkpoint there"),

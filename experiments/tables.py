@@ -77,7 +77,7 @@ COLD_STARTS = {
 MAR = {
     "base": "base",
     "the anchor": "quality",
-    "GRPO-Mix, 0.8 + 0.2 of quality": "mixq",
+    "GRPO-Mix, quality 1 : 1": "mixq1",
     "Flow-OPD, no MAR": "opdcalm0",
     "MAR, the quality teacher as anchor": "opd",
     "MAR, the quality teacher as anchor, λ = 0.2": "opdstrong",
@@ -85,7 +85,7 @@ MAR = {
 NEW_PROMPTS = {
     "base": "base",
     **TEACHERS,
-    "GRPO-Mix, 0.8 + 0.2 of quality": "mixq",
+    "GRPO-Mix, quality 1 : 1": "mixq1",
     "Flow-OPD from merge": "opd",
 }
 FRONTS = {  # lines of {label: arm}

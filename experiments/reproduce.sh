@@ -222,8 +222,8 @@ tries=$(every_seed try{,ppo,paper,kl,ode,cps,half,one,turns})
 singles=$(every_seed {compose,ocr,scene}{,q,c} quality calm)
 need $singles $mixes $students $ups $others $tries
 scores="--reward toy.compose toy.ocr toy.scene toy.quality toy.calm"
-evaluate val --tasks $(files "$ALL" val) $scores --models base $(loras $singles $mixes $students $ups) \
-    $(loras $others $tries) \
+evaluate val --tasks $(files "$ALL" val) $scores --models base $(loras $tries) \
+    $(loras $(every_seed $ALL mix mixq1 merge opd) mixq-$first mixturns-$first) \
     $(for s in $SEEDS; do for u in 04 08 16 24 32; do
         echo opdafter$u-$s=$R/opd-$s/checkpoints/0000$u/lora
     done; done)

@@ -274,7 +274,8 @@ for step in progress:
         names = ", ".join(sorted({task for task, _ in batch}))
         die(
             f"step {step + 1}: the loss on {names} is not finite; checkpoints in {out} are as they were. "
-            "Try a smaller --lr or another --dtype"
+            "Try a smaller --lr or another --dtype. "
+            "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
         )
     update_average(ema, params, args.ema, step + 1)
 

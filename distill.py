@@ -383,7 +383,7 @@ for step in progress:
             kl_sums[:, labelled.index(t)].index_add_(0, task_index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
             velocity_sum += v.detach().sum()  # only to see whether the student is finite
-            if t == labelled[-1]:  # nobody asks where the rest of the trajectory leads
+            if t == labelled[-1] or run.stop.name:  # nobody asks where the rest of the trajectory leads
                 break
 
     stopping = run.stopping()  # any process was told to leave: all give up the rollout in hand
@@ -419,7 +419,8 @@ for step in progress:
         broken = blame(kls, anchor_sum.item(), velocity_sum.item())
         die(
             f"step {step + 1}: {broken} is not finite; checkpoints in {args.out} are as they were. "
-            "Try another --dtype or, if it is the student, a smaller --lr"
+            "Try another --dtype or, if it is the student, a smaller --lr. "
+            "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
         )
     last = step + 1 == args.steps
     now_and_then = last or (step + 1) % args.eval_every == 0
@@ -447,6 +448,7 @@ stopping = stopping or run.stopping()  # told during the last grid
 has_table = bool(eval_prompts and rewards and not stopping)
 if has_table:
     run.stop.disarm()  # from here on Ctrl-C ends at once
+    check_rewards(rewards, eval_prompts, args.resolution, device, prompts)  # loads them, before threads score
     pictures = len(shown) * -(-sum(map(len, eval_prompts.values())) // world)
     results, where = [], (args, rank, world)
     with tqdm(total=pictures, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:

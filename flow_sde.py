@@ -855,8 +855,8 @@ def what_fits(model, most, shape, guidance):
         failed = 0.0
         try:
             learn(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_full(error):
                 raise
             failed = 1.0
         for p in params:
@@ -1357,6 +1357,11 @@ def refuse_given(parser, flags, reason):
         check(flag not in parser.given, f"--{flag.replace('_', '-')}: {reason}")
 
 
+def is_full(error):
+    """Whether it says that a GPU's memory is full: Apple's is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
 def catch_full(known):
     """A full disk or a full GPU is no bug: it gets one line too. known: the script's flags."""
     global HOW_TO_GO_ON
@@ -1366,7 +1371,7 @@ def catch_full(known):
     advice = ", ".join(flag for flag in frugal if flag.split()[0] in known)
 
     def hook(kind, error, trace):
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_full(error):
             said = first_line(error)[:160]
             message = f"the GPU's memory is full; less of it is needed with {advice} ({said})"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -1515,7 +1520,7 @@ def start_processes(track=None, out=None):
         use = "use torchrun, or accelerate launch --multi_gpu"
         check(not asked, f"accelerate launch asks for {plugin}, which this program does without; {use}")
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # torchrun sees the dead at once
-    cpu = not torch.cuda.is_available() and "WORLD_SIZE" in os.environ
+    cpu = not (torch.cuda.is_available() or torch.xpu.is_available()) and "WORLD_SIZE" in os.environ
     return Accelerator(kwargs_handlers=[patience], cpu=cpu, log_with=track, project_dir=out)
 
 
@@ -1652,7 +1657,7 @@ class Run:
         steps = saved_steps(self.out)
         later = [saved for saved in steps if int(saved) > step]  # of a run that went further before
         for old in later + [saved for saved in steps if int(saved) <= step][: -self.args.keep]:
-            shutil.rmtree(os.path.join(root, old))
+            shutil.rmtree(os.path.join(root, old), ignore_errors=True)  # someone may read it
 
     def end(self):
         end_processes(self.accelerator, self.stop.failure)
@@ -1868,7 +1873,8 @@ def file_hash(file):
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
         note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
         with contextlib.suppress(OSError), open(note) as f:
-            return f.read()
+            if remembered := f.read():  # empty while another process writes it
+                return remembered
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         while part := f.read(2**24):

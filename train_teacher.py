@@ -409,7 +409,8 @@ for step in range(first_step, args.steps + 1):
         if not math.isfinite(norms[-1]):
             die(
                 f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in "
-                f"{args.out} are as they were. Try a smaller --lr or another --dtype"
+                f"{args.out} are as they were. Try a smaller --lr or another --dtype. "
+                "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
             )
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
         terms += count

@@ -82,12 +82,7 @@ MAR = {
     "MAR, the quality teacher as anchor": "opd",
     "MAR, the quality teacher as anchor, λ = 0.2": "opdstrong",
 }
-NEW_PROMPTS = {
-    "base": "base",
-    **TEACHERS,
-    "GRPO-Mix, quality 1 : 1": "mixq1",
-    "Flow-OPD from merge": "opd",
-}
+NEW_PROMPTS = {"base": "base", **TEACHERS, "GRPO-Mix, quality 1 : 1": "mixq1", "Flow-OPD from merge": "opd"}
 FRONTS = {  # lines of {label: arm}
     "GRPO-Mix, weight of calm": {
         "0": "mix",

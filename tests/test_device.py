@@ -21,6 +21,7 @@ from torch.utils import _pytree as tree
 from torch.utils import backend_registration
 
 import flow_sde
+import toy
 from flow_sde import SD3, to_device, update_average
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -224,6 +225,20 @@ def test_the_average_that_is_drawn_is_the_latest(loras, gpu):
     assert not torch.equal(before.numbers, base.numbers) and torch.equal(after.numbers, base.numbers)
 
 
+def test_rewards_are_loaded_before_threads_score(loras, tmp_path, gpu, monkeypatch):
+    """transformers changes global state while it loads a model, so the first call is the main thread's."""
+    calls, quality = [], toy.quality
+
+    def watched(images, *rest):
+        calls.append((images.device.type, threading.current_thread() is threading.main_thread()))
+        return quality(getattr(images, "numbers", images), *rest)
+
+    monkeypatch.setattr(toy, "quality", watched)
+    distill(loras, tmp_path, eval_prompts=few("test", 2, tmp_path)[0], reward="toy.quality")
+    on_gpu = [in_main for device, in_main in calls if device == "gpu"]
+    assert on_gpu[0] and not all(on_gpu)
+
+
 def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, capsys):
     """Three samples do not fit, one does: the update is the same. What does not fit another process does not
     fit this one. If not even one sample fits, or memory runs out later, the flags that help are named."""
@@ -231,6 +246,8 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
 
     def limited(model, x, *args, **options):
         if len(x) > most:
+            if most == 0:
+                raise RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return velocity(model, x, *args, **options)
 
@@ -248,7 +265,7 @@ def test_micro_batches_are_as_large_as_fits(loras, tmp_path, gpu, monkeypatch, c
         patch.setattr(flow_sde, "reduce_sum", lambda failed: failed + next(failures))
         assert flow_sde.what_fits(ours["model"], 6, ours["shape"], 1.0) == 3
     most = 0
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+    with pytest.raises(RuntimeError, match="MPS") as caught:
         distill(loras, tmp_path / "none", **flags)
     sys.excepthook(caught.type, caught.value, None)
     said = capsys.readouterr().err

@@ -206,7 +206,7 @@ def scores_by_picture(evaluation, model, task):
     folder = RUNS / evaluation / model.format(task=task) / task
     scores = {}
     for file in folder.glob("scores*.jsonl"):
-        for line in file.read_text().splitlines():
+        for line in filter(None, file.read_text().splitlines()):  # some are empty: a run was killed there
             row = json.loads(line)
             if row["reward"].split()[0] == f"toy.{task}":
                 scores[row["picture"]] = row["score"]

@@ -62,6 +62,7 @@ MAIN = {
     "Flow-OPD, `--weighting kl` (the paper's), no anchor": "paper",
     "Flow-OPD, teachers trained with 0.2 of quality, no anchor": "opdq",
     "Flow-OPD, compose and ocr taught with guidance 1.5": "opdguided",
+    "Flow-OPD, no anchor, then 10 rollouts of GRPO-Mix, quality 1 : 1": "upquality",
 }
 COLD_STARTS = {
     "no cold start": "base",
@@ -290,7 +291,7 @@ def over_the_mix():
     label = next(label for label, arm in MIXES.items() if arm == best)
     page.append(f"The best on validation prompts is: {label}. Over it, paired by seed, prompt and noise:")
     lines = []
-    for name in ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided"):
+    for name in ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided", "upquality"):
         label = next(label for label, arm in MAIN.items() if arm == name)
         lines.append(f"- {label}: {in_words(*paired('test', name, best))}")
     page.append("\n".join(lines))

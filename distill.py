@@ -285,10 +285,11 @@ def step_kls(x, v, v_teacher, v_anchor, t, t_next):
 
 def ppo_updates(memory, step):
     """The clipped policy gradient: walk the stored trajectories again, once per update. The norm of the last
-    gradient; None if the run is to stop, which only the first update gives way to."""
+    gradient; None if the run is to stop, and then there was no update."""
+    before = run.now()
     for k in range(args.updates_per_rollout):
         for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
-            if k == 0 and run.stop.name:
+            if run.stop.name:
                 break
             v = model.velocity(x, t, cond, "student", args.guidance)
             mean, std = gaussian(x, v, t, t_next)
@@ -297,7 +298,8 @@ def ppo_updates(memory, step):
                 mean_anchor, _ = gaussian(x, v_anchor, t, t_next)
                 loss = loss + args.anchor_weight * kl(mean, mean_anchor, std)
             (loss.sum() * weight_at[t] * dimensions).backward()
-        if k == 0 and run.stopping():
+        if run.stopping():
+            run.back_to(before)
             return None
         norm = descend(optimizer, params, terms)
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)

@@ -12,6 +12,7 @@ all samples of a batch are at the same step, and no formula waits for a GPU.
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -1637,6 +1638,22 @@ class Run:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
 
+    def now(self):
+        """What is trained, as it is now: a copy."""
+        weights = {}
+        for adapter in (self.adapter, "ema"):
+            parameters = self.model.weights(adapter).items()
+            weights[adapter] = {f"{module}.{kind}": p.detach().clone() for (module, kind), p in parameters}
+        return {"weights": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+
+    def back_to(self, state):
+        """What is trained, as it was at a now()."""
+        with torch.no_grad():
+            for adapter, tensors in state["weights"].items():
+                for (module, kind), p in self.model.weights(adapter).items():
+                    p.copy_(tensors[f"{module}.{kind}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def save(self, step):
         """checkpoints/STEP: the LoRA people can use (the average) and the state a run resumes from."""
         if self.rank != 0:
@@ -1645,13 +1662,8 @@ class Run:
         temporary = os.path.join(root, ".new")
         shutil.rmtree(temporary, ignore_errors=True)
         save_lora(self.model.lora("ema"), os.path.join(temporary, "lora"))
-        weights = {}
-        for adapter in (self.adapter, "ema"):
-            parameters = self.model.weights(adapter).items()
-            weights[adapter] = {f"{module}.{kind}": p.detach().cpu() for (module, kind), p in parameters}
-        state = {"step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}
         data = io.BytesIO()
-        torch.save(state | {"identity": self.identity}, data)
+        torch.save({"step": step, "identity": self.identity} | self.now(), data)
         write(os.path.join(temporary, "state.pt"), data.getbuffer())
         replace_folder(temporary, os.path.join(root, f"{step:06d}"))
         steps = saved_steps(self.out)
@@ -1683,11 +1695,7 @@ class Run:
         check(not changed, f"--resume {resume}: {folder} is of another run: {differences}")
         steps = self.args.steps
         check(state["step"] <= steps, f"--steps {steps}: {folder} has made {state['step']} already")
-        with torch.no_grad():
-            for adapter, tensors in state["weights"].items():
-                for (module, kind), p in self.model.weights(adapter).items():
-                    p.copy_(tensors[f"{module}.{kind}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.back_to(state)
         return state["step"]
 
     def open_log(self, start):

@@ -373,6 +373,7 @@ for step in range(first_step, args.steps + 1):
         trajectory.append(parts[0]._replace(**joined))
     kl_sum, clipped = torch.zeros(2, device=device)
     terms, norms = 0, []
+    before = run.now()
     for k in range(args.updates_per_rollout):
         # Every update sees pictures of every group
         chosen = torch.arange(k, samples, args.updates_per_rollout)
@@ -381,7 +382,7 @@ for step in range(first_step, args.steps + 1):
         if count == 0:
             continue
         for i in range(0, len(chosen), micro):
-            if k == 0 and run.stop.name:  # later updates follow one that was made, and are finished
+            if run.stop.name:
                 break
             rows = to_device(chosen[i : i + micro], device)
             groups_of = (chosen[i : i + micro] // args.group_size).tolist()
@@ -401,8 +402,9 @@ for step in range(first_step, args.steps + 1):
                 (loss.sum() * dimensions).backward()
                 kl_sum += to_other.detach().sum()
                 clipped += (log_ratio.detach().abs() > args.clip_range).sum()
-        stopping = k == 0 and run.stopping()
+        stopping = run.stopping()
         if stopping:
+            run.back_to(before)
             break
         # update: clip, AdamW, moving average
         norms.append(descend(optimizer, params, count * dimensions))

@@ -39,7 +39,7 @@ from conftest import (
 from safetensors.torch import load_file
 from tiny import hub_pipeline, hub_teacher
 
-from flow_sde import generators, saved_steps
+from flow_sde import descend, generators, saved_steps
 
 pytestmark = pytest.mark.usefixtures("numbers_only")
 EVERY_UPDATE = dict(save_every=1, num_steps=3)
@@ -115,6 +115,32 @@ def test_a_run_stopped_in_its_first_update_goes_on(train, loras, tmp_path, monke
     assert last_step(out) == 0 and not read_log(out)
     train(loras, out, steps=2, resume="auto")
     train(loras, whole, steps=2)
+    assert equal(checkpoint(out, 2), checkpoint(whole, 2)) and equal(saved(out), saved(whole))
+
+
+@pytest.mark.parametrize("script", ["distill.py", "train_teacher.py"])
+def test_a_run_stopped_between_two_updates_of_a_rollout_goes_on(script, loras, tmp_path, monkeypatch):
+    """The rollout's first update is taken back: the second can take longer than a scheduler waits."""
+    train = partial(distill, loras, objective="ppo") if script == "distill.py" else partial(teacher, steps=2)
+    train, out, whole = partial(train, steps=2, lr=1e-3), tmp_path / "run", tmp_path / "whole"
+    norms = []
+
+    def stopped(*details):
+        norms.append(descend(*details))
+        if len(norms) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norms[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flow_sde.descend", stopped)
+        train(out)
+    assert (
+        len(norms) == 3
+        and last_step(out) == 1
+        and len([row for row in read_log(out) if "seconds" in row]) == 1
+    )
+    train(out, resume="auto")
+    train(whole)
     assert equal(checkpoint(out, 2), checkpoint(whole, 2)) and equal(saved(out), saved(whole))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nine minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
+# Ten minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
 # (random weights) cost? Each part has its own time limit; what it printed and its figures lie in out/gpu.
 #
 #     bash experiments/gpu.sh                        # about 80 GB of GPU memory; OUT=DIR for another folder

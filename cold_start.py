@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from flow_sde import (
+    MORE_FINITE,
     WEIGHTINGS,
     Run,
     check,
@@ -273,9 +274,8 @@ for step in progress:
     if not math.isfinite(norm):
         names = ", ".join(sorted({task for task, _ in batch}))
         die(
-            f"step {step + 1}: the loss on {names} is not finite; checkpoints in {out} are as they were. "
-            "Try a smaller --lr or another --dtype. "
-            "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
+            f"step {step + 1}: the loss on {names} is not finite; checkpoints in {out} are as they were: "
+            f"{MORE_FINITE}"
         )
     update_average(ema, params, args.ema, step + 1)
 

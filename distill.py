@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from flow_sde import (
+    MORE_FINITE,
     WEIGHTINGS,
     Run,
     check,
@@ -385,7 +386,7 @@ for step in progress:
             kl_sums[:, labelled.index(t)].index_add_(0, task_index, to_teacher.detach())
             anchor_sum += to_anchor.detach().sum()
             velocity_sum += v.detach().sum()  # only to see whether the student is finite
-            if t == labelled[-1] or run.stop.name:  # nobody asks where the rest of the trajectory leads
+            if t == labelled[-1] or run.stop.name:  # where the rest of the trajectory leads is not asked
                 break
 
     stopping = run.stopping()  # any process was told to leave: all give up the rollout in hand
@@ -421,8 +422,7 @@ for step in progress:
         broken = blame(kls, anchor_sum.item(), velocity_sum.item())
         die(
             f"step {step + 1}: {broken} is not finite; checkpoints in {args.out} are as they were. "
-            "Try another --dtype or, if it is the student, a smaller --lr. "
-            "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
+            f"If it is the student: {MORE_FINITE}; else try another --dtype"
         )
     last = step + 1 == args.steps
     now_and_then = last or (step + 1) % args.eval_every == 0

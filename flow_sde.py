@@ -1553,6 +1553,12 @@ def reduce_sum(tensor):
     return tensor
 
 
+MORE_FINITE = (  # said where training is not finite
+    "try a smaller --lr or another --dtype; in float16 --resume auto with a smaller --micro-batch-size, of "
+    "which a gradient is the sum, may do"
+)
+
+
 def descend(optimizer, params, count):
     """One optimizer step on the mean gradient of all processes; returns its norm before it is clipped to 1. A
     gradient that is not finite changes nothing.

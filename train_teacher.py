@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from flow_sde import (
+    MORE_FINITE,
     Run,
     centred_log_ratio,
     check,
@@ -411,8 +412,7 @@ for step in range(first_step, args.steps + 1):
         if not math.isfinite(norms[-1]):
             die(
                 f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in "
-                f"{args.out} are as they were. Try a smaller --lr or another --dtype. "
-                "In float16 a smaller --micro-batch-size may help, with --resume auto: a gradient is its sum"
+                f"{args.out} are as they were: {MORE_FINITE}"
             )
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
         terms += count

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Ten minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
+# Eleven minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
 # (random weights) cost? Each part has its own time limit; what it printed and its figures lie in out/gpu.
 #
-#     bash experiments/gpu.sh                        # about 80 GB of GPU memory; OUT=DIR for another folder
+#     bash experiments/gpu.sh                        # 62 GB of GPU memory, `released` 102; OUT=DIR
 #     MODEL=tiny-random bash experiments/gpu.sh      # a try, also without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ import torch
 from experiments import meter
 meter.random_pipeline('$OUT/base', torch.$dtype, False, *meter.SIZES['$MODEL'])" &
 wait
-part recipes 180 $bench --recipe ours two-pass released --out $OUT/recipes.json
-part report 240 $bench --gpu-report --out $OUT/report.json
+part report 270 $bench --gpu-report --out $OUT/report.json
+part recipes 290 $bench --recipe ours two-pass released --out $OUT/recipes.json
 part teacher 60 $bench --script train_teacher.py --out $OUT/teacher.json
 rm -rf $OUT/base

@@ -218,6 +218,7 @@ sigmas = learnt(model.sigmas(args.num_steps, args.resolution))
 learnt_steps = list(zip(sigmas[:-1], sigmas[1:]))
 gaussian = partial(transition, noise_level=args.noise_level, sde="flow")  # (x, v, t, t_next) -> mean, std
 weight_at = step_weights(learnt_steps, args.noise_level, "flow", args.weighting)  # {t: what its KL counts}
+uniform_at = step_weights(learnt_steps, args.noise_level, "flow", "uniform")  # {t: mean of all w(t) / w(t)}
 label_count = min(args.label_steps or len(learnt_steps), len(learnt_steps))  # steps labelled in a rollout
 samples, dimensions = args.batch_size * args.group_size, math.prod(shape)  # of a rollout here; of a latent
 terms = world * samples * label_count * dimensions  # of a gradient
@@ -225,9 +226,7 @@ micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
 files, settings = {"base": args.model}, {"anchor's guidance": anchor_options["guidance"]}
-(files if anchor == "anchor" else settings)["anchor"] = (
-    anchor_path  # a word, even where a folder is called so
-)
+(files if anchor == "anchor" else settings)["anchor"] = anchor_path  # "base" and "none" are no files
 (settings if args.init in ("none", "merge") else files)["init"] = run.init
 for task, teacher in teachers.items():
     files |= {f"prompts {task}": prompt_files[task]["value"], f"teacher {task}": teacher["value"]}
@@ -403,9 +402,11 @@ for step in progress:
         if stopping:
             break
 
-    # report: the KL per teacher, w(t) and all, whatever --weighting learns; mean over samples and steps
+    # report: the KL per teacher, w(t) and all, whatever --weighting learns; mean over samples and steps. A
+    # step counts by its w(t): so steps that were drawn speak for all, however much of the KL is theirs
     batch_tasks = [task for task, _ in batch]
-    labels = torch.tensor([float(label_count * batch_tasks.count(task)) for task in teachers], device=device)
+    steps_seen = sum(1 / uniform_at[t] for t in labelled)  # all of them, where all are labelled
+    labels = torch.tensor([steps_seen * batch_tasks.count(task) for task in teachers], device=device)
     for tensor in (labels, kl_sums, anchor_sum, velocity_sum):
         reduce_sum(tensor)
     kls = {}
@@ -427,7 +428,7 @@ for step in progress:
     last = step + 1 == args.steps
     now_and_then = last or (step + 1) % args.eval_every == 0
     if now_and_then:
-        by_sigma = (kl_sums.sum(0) / labels.sum() * label_count).tolist()
+        by_sigma = (kl_sums.sum(0) / labels.sum() * steps_seen).tolist()
         record["kl_by_sigma"] = {f"{t:.3f}": value for t, value in zip(labelled, by_sigma)}
     run.report(record)
     kls_now = ", ".join(f"{task} {value:.1e}" for task, value in kls.items())

@@ -395,10 +395,7 @@ for step in range(first_step, args.steps + 1):
                 v = model.velocity(s.x[rows], s.t, cond, "teacher", args.guidance)
                 mean, std = gaussian(s.x[rows], v, s.t, s.t_next)
                 mean_other, _ = gaussian(s.x[rows], v_other, s.t, s.t_next)
-                log_ratio, to_other = (
-                    log_ratio_of(s, rows, mean, std),
-                    kl(mean, mean_other, std),
-                )  # (B,), (B,)
+                log_ratio, to_other = log_ratio_of(s, rows, mean, std), kl(mean, mean_other, std)  # (B,)
                 loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_other
                 (loss.sum() * dimensions).backward()
                 kl_sum += to_other.detach().sum()

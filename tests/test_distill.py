@@ -94,9 +94,15 @@ def test_weightings(weighting, loras, tmp_path, gradients):
 @pytest.mark.parametrize("number", [1, 2])
 def test_labelled_steps(number, loras, tmp_path, gradients):
     """With 6 sampling steps there are 5 to learn from. Which of them are labelled is drawn anew in every
-    update, a function of (seed, step), and all of them get their turn."""
+    update, a function of (seed, step), and all of them get their turn. The log's KL is that of a whole
+    rollout, as far as those drawn say it."""
     ns = distill(loras, tmp_path, num_steps=6, label_steps=number, lr=0)
-    assert len(ns["labelled"]) == number == len(read_log(tmp_path)[0]["kl_by_sigma"])
+    [row] = read_log(tmp_path)
+    assert len(ns["labelled"]) == number == len(row["kl_by_sigma"])
+    w = weights_of_steps(ns["sigmas"])
+    part = sum(w[t] for t in ns["labelled"]) / sum(w.values())
+    logged = sum(row[f"kl/{task}"] for task, _ in ns["batch"]) / len(ns["batch"])
+    assert logged == pytest.approx(sum(row["kl_by_sigma"].values()) / 5 / part)
     whole = ns | {"labelled": ns["sigmas"][:-1]}
     assert off(gradients[0], two_pass(ns)) < 1e-4 < off(gradients[0], two_pass(whole))
     drawn = [ns["labelled_steps"](step) for step in range(1000)]

@@ -304,7 +304,7 @@ def surpassing():
     for label, arm in SURPASSING.items():
         if arm in read("test"):
             tasks = ["compose"] if arm == "ensemble" else TASKS
-            cells = [in_words(*paired("test", arm, task, [task])) for task in tasks]
+            cells = [in_words(*paired("test", arm, task, [task])) if task in tasks else "" for task in TASKS]
             rows.append(f"| {' | '.join([label, *cells])} |")
     page.append(
         "### (j) Is a student better than its teachers?\n\n"
@@ -336,8 +336,9 @@ def cost(seed, arm):
 
 def costs():
     rows = ["| | pictures, by seed | seconds, by seed |\n|---|---|---|"]
-    seeds = list(read("val")["opd"])
-    found = {label: [cost(seed, arm) for seed in seeds] for label, arm in MIXES.items()}
+    val = read("val")
+    seeds = list(val["opd"])
+    found = {label: [cost(seed, arm) for seed in val[arm]] for label, arm in MIXES.items()}
     found["Flow-OPD from merge, teachers at hand"] = [cost(seed, "opd") for seed in seeds]
     with_teachers = found["Flow-OPD from merge, with its teachers' cost and its anchor's"] = []
     for seed, own in zip(seeds, found["Flow-OPD from merge, teachers at hand"]):
@@ -349,7 +350,8 @@ def costs():
     page.append(
         "### (k) Cost to a level: until every task is within 0.02 of its teacher (validation prompts)\n\n"
         + "\n".join(rows)
-        + "\n\nSeconds are rollouts times their median, one thread, two runs at a time."
+        + "\n\nSeconds are rollouts times their median, one thread, two runs at a time. Where one number "
+        "stands, there was one run."
     )
 
 

@@ -2,7 +2,7 @@
 # Eleven minutes of one GPU: is everything right on it, and what does an update of SD3.5-Medium's architecture
 # (random weights) cost? Each part has its own time limit; what it printed and its figures lie in out/gpu.
 #
-#     bash experiments/gpu.sh                        # 62 GB of GPU memory, `released` 102; OUT=DIR
+#     bash experiments/gpu.sh                        # needs 62 GB, the recipe `released` 102; OUT=DIR
 #     MODEL=tiny-random bash experiments/gpu.sh      # a try, also without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ import accelerate, diffusers, peft, torch, transformers
 for library in (torch, diffusers, transformers, peft, accelerate):
     print(library.__name__, library.__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
-part checks 200 python -m pytest -q -n 6 -p no:cacheprovider tests/test_cuda.py &  # these three beside another
+part checks 200 python -m pytest -q -n 6 -p no:cacheprovider tests/test_cuda.py &  # these three at once
 part toy 200 python distill.py --out $OUT/toy --overwrite $tiny &
 part model 100 python -c "
 import torch

@@ -130,7 +130,7 @@ add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="on the CPU except while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
-add("--compile", action="store_true", help="torch.compile: slow at first, then 1.4 times faster (one GPU)")
+add("--compile", action="store_true", help="torch.compile: slow at first, then 1.4 times faster (on an H200)")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="of the table at the end; none: no table")
 add("--reward", nargs="*", metavar="NAME", help="of the table; none with no --eval-prompts")

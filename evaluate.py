@@ -90,7 +90,7 @@ add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is froz
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="in the CPU's memory but while they encode")
-add("--compile", action="store_true", help="torch.compile: slow at first, then 1.4 times faster (one GPU)")
+add("--compile", action="store_true", help="torch.compile: slow at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of the noise")
 args = flow_sde.parse_args(parser, TOY)
 

@@ -32,6 +32,24 @@ def test_prompts(task):
     assert {toy.parse(prompt)[0] for prompt in toy.all_prompts(task)} == {task}
 
 
+def test_parts_of_the_scene_prompts():
+    for name, whole in toy.split_prompts("scene").items():
+        parts = []
+        for part, sky in toy.PARTS.items():
+            rows = load_prompts(part, f"{ROOT}/toy/prompts/{part}_{name}.txt")
+            prompts = [row["prompt"] for row in rows]
+            assert prompts == toy.split_prompts(part)[name] and len(prompts) > 20
+            assert all(prompt.endswith(f"at {sky}") for prompt in prompts)
+            parts += prompts
+        assert sorted(parts) == sorted(whole)
+
+
+def test_styles_are_colours():
+    picture = torch.tensor([0.5, 0.2, 0.4])[None, :, None, None].expand(1, 3, 32, 32)
+    for style, score in {"red": 0.2, "green": -0.25, "blue": 0.05}.items():
+        assert getattr(toy, style)(picture).tolist() == pytest.approx([score]), style
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_scorers_know_good_from_bad(task):
     prompts, score = toy.split_prompts(task)["test"], getattr(toy, task)
@@ -104,11 +122,12 @@ def test_the_shipped_toy_is_small():
 
 
 def test_the_shipped_teachers_are_better_than_the_base():
-    """On an eighth of the test prompts each, by clearly more than chance."""
+    """On 32 test prompts each, by clearly more than chance."""
     model = SD3(f"{ROOT}/toy/base")
-    for name, least in {"compose": 0.1, "ocr": 0.1, "scene": 0.3, "quality": 0.3}.items():
+    leads = {"compose": 0.1, "ocr": 0.1, "scene": 0.3, "quality": 0.3, "blue": 0.1, "green": 0.05, "red": 0.2}
+    for name, least in leads.items():
         model.load_adapter(name, f"{ROOT}/toy/teachers/{name}")
-        task = name if name in TASKS else "compose"
+        task = "compose" if name == "quality" else name
         prompts, means = toy.split_prompts(task)["test"][:32], []
         for adapter in ("base", name):
             images = model.generate(prompts, generators(0, 0, range(32)), 10, 32, adapter)

@@ -10,12 +10,13 @@ Pictures are 32x32. There are three tasks, each with prompts, a renderer and a p
     ocr       'a yellow sign saying "HAT"'                  can the letters be read?    (its OCR)
     scene     'a red house and two pines on snow at night'  does it suit some taste?    (its PickScore)
 
-and one score that looks at no prompt, `quality`: contrast and sharpness (its DeQA). As in real life the data
-are imperfect: captions lie, signs are scribbled on, pictures are washed out or blurred. A base model trained
-on them inherits the faults, and reinforcement learning can unlearn them. The stages know nothing of this
-package: to them the toy is one more model folder, and its scorers are rewards named `toy.compose`, `toy.ocr`,
-`toy.scene`, `toy.quality`. This file is the world and its scorers; __main__.py makes and trains the base.
-What they made lies beside them: base/, prompts/, teachers/.
+and scores that look at no prompt: `quality`, contrast and sharpness (its DeQA), and three styles, `blue`,
+`green` and `red`, whose prompts are the scenes at night, at noon and at dusk. As in real life the data are
+imperfect: captions lie, signs are scribbled on, pictures are washed out or blurred. A base model trained on
+them inherits the faults, and reinforcement learning can unlearn them. The stages know nothing of this
+package: to them the toy is one more model folder, and its scorers are rewards named `toy.compose`,
+`toy.blue`, ... This file is the world and its scorers; __main__.py makes and trains the base. What they made
+lies beside them: base/, prompts/, teachers/.
 """
 
 import itertools
@@ -74,6 +75,7 @@ SKIES = {
     "dusk": (0.62, 0.42, 0.62),
     "night": (0.08, 0.10, 0.26),
 }
+PARTS = {"blue": "night", "green": "noon", "red": "dusk", "scene_dawn": "dawn"}  # the scene prompts by sky
 SUN = (1.00, 0.90, 0.30)
 BALLOON = (0.92, 0.08, 0.38)
 FLOWER = (1.00, 0.35, 0.85)
@@ -124,7 +126,11 @@ def shuffled(prompts):
 
 
 def split_prompts(task, test=256, val=128, train=512):
-    """Disjoint {"test", "val", "train"} lists of prompts."""
+    """Disjoint {"test", "val", "train"} lists of prompts of a task, or of a part of `scene`."""
+    if task in PARTS:
+        end = f" at {PARTS[task]}"
+        whole = split_prompts("scene", test, val, train)
+        return {name: [p for p in prompts if p.endswith(end)] for name, prompts in whole.items()}
     prompts = shuffled(all_prompts(task))
     held_out = test + val
     return {
@@ -280,7 +286,7 @@ def draw(prompt, rng, damage=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the scorers: (images (B,3,32,32) in [0,1], prompts, metadata) -> (B,) float32 in [0,1], higher is better
+# the scorers: (images (B,3,32,32) in [0,1], prompts, metadata) -> (B,) float32 in [0,1] (styles: [-1,1])
 
 
 def find_shapes(images):
@@ -390,6 +396,27 @@ def calm(images, prompts=None, metadata=None):
     right = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
     return (1 - (right + down) / 2 / 0.12).clamp(min=0)
+
+
+def lead(images, channel):
+    """(B,) in [-1, 1]: a colour channel's mean less the mean of the other two."""
+    means = images.float().cpu().mean((2, 3))  # (B, 3)
+    return 1.5 * (means[:, channel] - means.mean(1))
+
+
+def red(images, prompts=None, metadata=None):
+    """A style: the mean of red less the mean of green and blue; in [-1, 1]."""
+    return lead(images, 0)
+
+
+def green(images, prompts=None, metadata=None):
+    """A style: the mean of green less the mean of red and blue; in [-1, 1]."""
+    return lead(images, 1)
+
+
+def blue(images, prompts=None, metadata=None):
+    """A style: the mean of blue less the mean of red and green; in [-1, 1]."""
+    return lead(images, 2)
 
 
 PROMPTS = {task: all_prompts(task) for task in ("compose", "ocr", "scene")}

@@ -12,7 +12,7 @@ import torch
 
 import toy
 from flow_sde import save_grid
-from toy import PROMPTS, SIZE, draw, new_prompts, split_prompts
+from toy import PARTS, PROMPTS, SIZE, draw, new_prompts, split_prompts
 
 # ------------------------------------------------------------------------------------------------------------
 # a tiny, real Stable Diffusion 3 pipeline
@@ -225,7 +225,7 @@ def show(args):
 def write_prompts(args):
     os.makedirs(args.out, exist_ok=True)
     files = {f"new_{name}": prompts for name, prompts in new_prompts().items()}
-    for task in PROMPTS:
+    for task in (*PROMPTS, *PARTS):
         for split, prompts in split_prompts(task).items():
             files[f"{task}_{split}"] = prompts
     for name, prompts in files.items():

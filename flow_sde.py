@@ -1,6 +1,6 @@
-"""What every stage of Flow-OPD (arXiv 2605.08063) shares, in the order one learns it: (1) the mathematics of
-the flow-SDE, on plain tensors; (2) the model: one frozen pipeline of diffusers with any number of LoRA
-adapters, its families, and LoRA files; (3) what a run needs: flags, prompts, processes, a folder of its own.
+"""What the stages of Flow-OPD (arXiv 2605.08063) share: (1) the mathematics of the flow-SDE; (2) the model:
+one frozen diffusers pipeline with any number of LoRA adapters, and LoRA files; (3) what a run needs: flags,
+prompts, processes, a folder with checkpoints.
 
 Conventions, stated once. t in [0, 1] is the scheduler's sigma: x_t = (1-t) x_0 + t eps, and the model
 predicts v = eps - x_0. Sampling runs from t = 1 down to 0; one step goes from t to t_next < t, and
@@ -11,14 +11,10 @@ all samples of a batch are at the same step, and no formula waits for a GPU.
 """
 
 import argparse
-import contextlib
 import copy
-import csv
-import dataclasses
 import datetime
 import errno
 import glob
-import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -35,8 +31,9 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
-import zlib
+import zipfile
 from collections import namedtuple
 from functools import partial
 
@@ -45,8 +42,7 @@ import torch
 import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOCKS = []  # the locks of the folders this process writes, held until it ends
-HOW_TO_GO_ON = "the same command goes on"  # after an interruption; catch_full knows of --resume
+TOY_DIR = os.path.relpath(os.path.join(HERE, "toy"))  # the embedded model's folder, from any working folder
 for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional packages are not this program's
     os.environ.setdefault(library + "_VERBOSITY", "error")
 
@@ -86,47 +82,43 @@ def log_prob(x_next, mean, std):
 
 def kl(mean, mean_teacher, std):
     """KL(N(mean, std^2) || N(mean_teacher, std^2)) = ||mean - mean_teacher||^2 / (2 std^2), averaged over
-    dimensions: (B, ...) -> (B,).
-
-    For the flow-SDE at t < 1 this is w(t) ||v - v_teacher||^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2:
-    distillation on the student's own states is a weighted regression of velocities."""
+    dimensions: (B, ...) -> (B,)."""
     return (mean - mean_teacher).square().flatten(1).mean(1) / (2 * std**2)
+
+
+def kl_weight(t, t_next, noise_level, sde="flow"):
+    """w(t), the KL of two transitions whose velocities differ by 1: the mean is linear in v, so the KL is
+    w(t) mean (v - v_teacher)^2. For the flow-SDE at t < 1, w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2."""
+    shift, std = transition(0.0, 1.0, t, t_next, noise_level, sde)  # of the mean, by a velocity of 1
+    return shift**2 / (2 * std**2)
+
+
+def velocity_distance(v, v_teacher):
+    """mean (v - v_teacher)^2 over dimensions: (B, ...) -> (B,)."""
+    return (v - v_teacher).square().flatten(1).mean(1)
 
 
 WEIGHTINGS = ("uniform", "kl", "kl-dt", "dt2")
 
 
-def step_weights(steps, noise_level, sde, weighting):
-    """What each step's KL counts in the loss: {t: factor}, for steps [(t, t_next), ...]. A step's KL is w(t)
-    times its velocity distance d = mean (v - v_teacher)^2.
+def step_weights(sigmas, noise_level, weighting):
+    """What each step's velocity distance counts in the loss, {t: weight}, for the steps of a schedule.
 
-    kl       w(t) d: the KL itself, the paper's loss
-    uniform  the mean of all steps' w(t), times d: steps weigh alike, and the loss stays as large as the KL
-    kl-dt    dt w(t) d: what the released code of Flow-OPD descends, since its std leaves dt out
-    dt2      dt^2/2 d: the distance of two deterministic steps (DiffusionOPD, arXiv 2605.15055)"""
-    w = {}
-    for t, t_next in steps:
-        mean, std = transition(0.0, 1.0, t, t_next, noise_level, sde)  # of a distance of 1
-        w[t] = mean**2 / (2 * std**2)
+    kl       w(t): the distance becomes the flow-SDE's KL, the paper's loss
+    uniform  the mean of w(t) over all steps, so they count equally and the loss is as large as the KL
+    kl-dt    dt w(t): what Flow-OPD's released code descends, since its std leaves dt out
+    dt2      dt^2/2: the distance of two deterministic steps (DiffusionOPD, arXiv 2605.15055)"""
+    dt = {t: t - t_next for t, t_next in itertools.pairwise(sigmas)}
+    w = {t: kl_weight(t, t_next, noise_level) for t, t_next in itertools.pairwise(sigmas)}
     if weighting == "kl":
-        return dict.fromkeys(w, 1.0)
+        return w
     if weighting == "uniform":
-        return {t: sum(w.values()) / len(w) / wt for t, wt in w.items()}
+        return dict.fromkeys(w, sum(w.values()) / len(w))
     if weighting == "kl-dt":
-        return {t: t - t_next for t, t_next in steps}
+        return {t: dt[t] * w[t] for t in w}
     if weighting == "dt2":
-        return {t: (t - t_next) ** 2 / 2 / w[t] for t, t_next in steps}
+        return {t: dt[t] ** 2 / 2 for t in w}
     raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
-
-
-def centred_log_ratio(x_next, mean, mean_old, std):
-    """log pi(x_next) - log pi_old(x_next) + ||mean - mean_old||^2 / (2 std^2), averaged over dimensions: all
-    (B, ...) -> (B,).
-
-    On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip
-    range would cut one side only; with that mean taken off (GRPO-Guard, arXiv 2510.22319) it is
-    (x_next - mean_old)(mean - mean_old) / std^2."""
-    return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
 
 
 def clipped_surrogate(log_ratio, advantage, clip_range):
@@ -137,18 +129,18 @@ def clipped_surrogate(log_ratio, advantage, clip_range):
 
 
 def update_average(ema, params, decay, update):
-    """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k weighs
+    """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k counts
     d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). These sum to
-    1 from the first update on: where the run started has no weight, and there is no warm-up."""
+    1 from the first update on: where the run started does not count, and there is no warm-up."""
     d = decay ** (1 / 8)
     for average, p in zip(ema, params, strict=True):
         average.lerp_(p.detach(), (1 - d) / (1 - d**update))
 
 
-def learnt(sigmas):
-    """A schedule without its last step, if that starts below t = 0.05. There the noise that the model should
-    predict is all but invisible: teachers differ most, their KL would outweigh all other steps together, and
-    the picture hardly moves. SD3's last step starts at 0.009; FLUX.1's, of ten, at 0.17 to 0.26."""
+def training_sigmas(sigmas):
+    """The schedule without its last step, if that starts below t = 0.05. There the noise is all but
+    invisible: teachers differ most, their KL would outweigh all other steps together, and the picture hardly
+    moves. SD3's last step starts at 0.009; FLUX.1's, of ten, at 0.17 to 0.26."""
     return sigmas[:-1] if sigmas[-2] < 0.05 else sigmas
 
 
@@ -195,44 +187,18 @@ def to_device(values, device):
 # ============================================================================================================
 
 
-class LoRALinear(torch.nn.Linear):
-    """A frozen linear layer with named LoRAs, W x + alpha/r B A x; every row of a batch x (rows, ..., in) may
-    have another.
-
-    `asked`, one object for all layers of a network, says whose. Without `rows`, all are answered by the
-    adapter `name` from its float32 weights, which may be in training, or by W alone where it has none. With
-    `rows`, (rows, r) indices, every sample gathers its A and B from two stacks, where all frozen adapters lie
-    below one another in W's data type: one graph of torch.compile serves all mixes of adapters."""
+class LoRA:
+    """A mixin over any linear class: the frozen layer's output plus alpha/r B A x of the adapter that the
+    current forward applies, `applied.name`, if this layer has it. `loras` is {name: (A, B, alpha/r)}."""
 
     def forward(self, x):
-        name, rows = self.asked.name, self.asked.rows
-        if rows is None:
-            flat = x.flatten(0, -2)
-            y = F.linear(flat, self.weight, self.bias)
-            if name in self.lora_A:
-                A, B = self.lora_A[name].to(y.dtype), self.lora_B[name].to(y.dtype)
-                y = y.addmm_(F.linear(flat.to(y.dtype), A), B.T, alpha=self.scaling[name])
-            return y.unflatten(0, x.shape[:-1])
-        y = F.linear(x, self.weight, self.bias)
-        A = F.embedding(rows, self.stack_A).to(y.dtype)  # (rows, r, in)
-        B = F.embedding(rows, self.stack_B).to(y.dtype)  # (rows, r, out)
-        inner = torch.bmm(x.to(y.dtype).unsqueeze(1).flatten(1, -2), A.mT)
-        y.view(len(x), -1, y.shape[-1]).baddbmm_(inner, B)
-        return y
-
-    @torch.no_grad()
-    def stack(self, ranks):
-        """Copy the adapters {name: rank} below one another, after a row of zeros; zeros too for one that this
-        layer does not have. B's scale, alpha/r, is in the copy."""
-        first, total = 1, 1 + sum(ranks.values())
-        self.stack_A = self.weight.new_zeros(total, self.in_features)
-        self.stack_B = self.weight.new_zeros(total, self.out_features)
-        for name, rank in ranks.items():
-            if name in self.lora_A:
-                rows = slice(first, first + len(self.lora_A[name]))
-                self.stack_A[rows] = self.lora_A[name]
-                self.stack_B[rows] = self.scaling[name] * self.lora_B[name].T
-            first += rank
+        rows = x.flatten(0, -2)
+        y = super().forward(rows)
+        if self.applied.name in self.loras:
+            A, B, scale = self.loras[self.applied.name]
+            inner = F.linear(rows.to(y.dtype), A.to(y.dtype))
+            y = y.addmm_(inner, B.to(y.dtype).T, alpha=scale)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(torch.nn.Module):
@@ -247,36 +213,28 @@ INPUTS = ["in_channels", "patch_size", "joint_attention_dim", "pooled_projection
 INPUTS += ["guidance_embeds", "cap_feat_dim", "caption_channels"]
 
 
-class Asked:
-    """Whom the layers of a network answer as; see LoRALinear."""
-
-    name = rows = None
-
-
 class Model:
-    """A text-to-image pipeline of diffusers with named LoRA adapters on one frozen transformer, each asked
-    for by name, per sample. A teacher that is no LoRA but a whole transformer of its own stands beside the
-    base in `full`.
+    """A diffusers text-to-image pipeline: one frozen transformer with named LoRA adapters. A forward applies
+    one of them. A teacher that is a full fine-tune, not a LoRA, is a network of its own in `full`.
 
     A family of models is a subclass below, which says what is its own: what its network takes (`net`, of
-    encode_prompt's results those in `takes`, and `null_prompt`), how its latents lie (`packed`), its
+    encode_prompt's results those in `takes`, and `null_prompt`), its latents' layout (`packed`), its
     schedule (`even_grid`, `mu`), its guidance (`guide`) and what its VAE takes (`to_vae`).
 
     dtype is the frozen networks', and what LoRAs are computed in; trained weights, latents, guidance and SDE
-    are float32. use_t5=False leaves out the largest text encoder of SD3 (its tokens are zeros, as in
-    diffusers); offload keeps the text encoders in the CPU's memory but while they encode.
-    max_sequence_length is that of the text, in tokens; CLIP always reads its own 77."""
+    are float32. use_t5=False leaves out SD3's largest text encoder (its tokens are zeros, as in diffusers);
+    offload keeps the text encoders in CPU memory except while they encode. max_sequence_length is the text's,
+    in tokens; CLIP always reads its own 77."""
 
     defaults = dict(resolution=512, guidance=4.0, dtype="bfloat16", max_sequence_length=512)  # of the flags
-    distilled_defaults = dict(guidance=1.0)  # of models that were distilled, and are not to be guided
+    distilled_defaults = dict(guidance=1.0)  # of models whose guidance was distilled into them
     takes = (0,)
-    null_prompt, null_options = "", {}  # the unconditional prompt, and what else encode_prompt is told for it
+    null_prompt, null_options = "", {}  # the unconditional prompt, and encode_prompt's options for it
     optional = ()  # parts of the pipeline that --no-t5 leaves out
     most_tokens = 512
     packed = False  # latents are (tokens, 4 C), not (C, h, w): a token has 2 x 2 of the VAE's
     even_grid = True  # the schedule is shifted from 1, 1 - 1/n, ..., 1/n, not from the scheduler's own grid
-    attention = "attn"  # what the modules are called whose projections an untrained LoRA adapts
-    token_layers = ()  # whose input is all samples' tokens in one row, so that samples cannot differ there
+    attention = "attn"  # the modules whose projections an untrained LoRA adapts
 
     def __init__(
         self,
@@ -294,22 +252,19 @@ class Model:
         check(use_t5 or self.optional, f"--no-t5: {model} has no T5 that it could do without")
         self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload)
         self.transformer = self.pipe.transformer
-        self.device, self.dtype, self.full, self.offload = device, dtype, {}, offload
-        self.sources = {"base": model}  # what each name was loaded from
-        self.asked, self.trained = Asked(), None
-        self.adapters = {}  # {name: [A, B, A, B, ...]}, in the order of weights(name)
-        self.stacked = {}  # {frozen adapter: how often its weights had been written when they were stacked}
-        self.text_encoders = [encoder for _, encoder, _ in text_parts(self.pipe)]
-        if torch.device(device).type == "cuda":
-            for tensor in self._offloaded():
-                tensor.data = tensor.data.pin_memory()
+        self.device, self.dtype, self.offload = device, dtype, offload
+        self.sources = {"base": model}  # {name: where it was loaded from}
+        self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
+        self.adapters = {}  # {name: [A, B, A, B, ...]}
+        self.full = {}  # {name: network}
+        self.trained = None
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
         longest = [t.model_max_length for _, encoder, t in text_parts(self.pipe) if not is_clip(encoder)]
         self.max_length = min([max_sequence_length, *longest])
         self.scheduler = self.euler_scheduler()
         config = self.transformer.config
-        self.embedded = config.get("guidance_embeds", False)  # guidance is a number that the network reads
+        self.embedded = config.get("guidance_embeds", False)  # the network takes guidance as an input
         self.guidable = self.embedded or not self.distilled(self.pipe.config, config)
         self.patch = 2 if self.packed else config.get("patch_size", 2)
         self.unit = self.patch * self.pipe.vae_scale_factor  # pixels along a side of a token
@@ -320,7 +275,7 @@ class Model:
         self.text_options = {name: told[name] for name in known if name in told and name != "prompt"}
         self.null = self.encode([self.null_prompt], **self.null_options)
 
-    # -- what a family may say otherwise ---------------------------------------------------------------------
+    # -- what a family may override --------------------------------------------------------------------------
 
     @classmethod
     def distilled(cls, index, config):
@@ -329,11 +284,11 @@ class Model:
 
     @classmethod
     def flag_defaults(cls, index, config):
-        """What flags are where they are not given, from the same files."""
+        """The defaults of flags that are not given, from the same files."""
         return cls.defaults | (cls.distilled_defaults if cls.distilled(index, config) else {})
 
     def guide(self, v, v_uncond, g):
-        """Classifier-free guidance. v, v_uncond: (B, ...); g: a number, or (B, 1, ...) -> (B, ...)."""
+        """Classifier-free guidance. v, v_uncond: (B, ...) -> (B, ...)."""
         return v_uncond + g * (v - v_uncond)
 
     def mu(self, tokens, num_steps):
@@ -362,7 +317,7 @@ class Model:
         side = math.isqrt(latents.shape[1]) * self.unit
         return self.pipe._unpack_latents(latents, side, side, self.pipe.vae_scale_factor)
 
-    # -- asking it -------------------------------------------------------------------------------------------
+    # -- sampling --------------------------------------------------------------------------------------------
 
     def sigmas(self, num_steps, resolution):
         """The num_steps + 1 sigmas from 1 to 0, floats, that the scheduler visits for a square picture."""
@@ -372,7 +327,7 @@ class Model:
         tokens = (resolution // self.unit) ** 2
         self.scheduler.set_timesteps(**grid, mu=self.mu(tokens, num_steps))
         sigmas = self.scheduler.sigmas.tolist()
-        falling = all(t > t_next for t, t_next in zip(sigmas, sigmas[1:]))
+        falling = all(t > t_next for t, t_next in itertools.pairwise(sigmas))
         fits = abs(sigmas[0] - 1) < 1e-6 and sigmas[-1] == 0 and falling
         found = f"the sigmas of the model's scheduler do not fall from 1 to 0: {listing(sigmas)}"
         check(fits, f"{num_steps} sampling steps: {found}")
@@ -389,37 +344,23 @@ class Model:
             return side**2, config.in_channels
         return config.in_channels, side * self.patch, side * self.patch
 
-    def note_long(self, prompts):
-        """Say how many of these texts are longer than the text encoders read."""
-        texts, long = set(prompts), []
-        for part, encoder, tokenizer in text_parts(self.pipe):
-            most = tokenizer.model_max_length if is_clip(encoder) else self.max_length
-            may = [text for text in texts if len(text.encode()) + 2 > most]  # a token has a byte at least
-            count = sum(len(ids) > most for ids in tokenizer(may).input_ids) if may else 0
-            if count:
-                long.append(f"{count} are longer than {part} reads ({most} tokens)")
-        if long:
-            say(f"note: of {len(texts)} prompts {', '.join(long)}; the rest of them is not seen there")
-
     @torch.no_grad()
     def encode(self, prompts, **options):
-        """list of B strings -> what `net` takes of them, each B rows: tensors, e.g. embeds (B, L, D) and
-        pooled (B, P), or lists. A prompt that stands there twice is encoded once."""
-        unique = list(dict.fromkeys(prompts))
-        tensors = self._offloaded()
-        resting = [t.data for t in tensors]
-        parts = []
-        try:
-            for t in tensors:
-                t.data = to_device(t.data, self.device)
-            for i in range(0, len(unique), 16):
-                found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
-                parts.append([self._as_read(found[k], found[0]) for k in self.takes])
-        finally:
-            for t, data in zip(tensors, resting):  # nothing is copied back: the weights have not changed
-                t.data = data
-        rows = [unique.index(p) for p in prompts]
-        return take_rows([join_rows(*kind) for kind in zip(*parts)], rows)
+        """B strings -> what `net` takes of them, each B rows: tensors, e.g. embeds (B, L, D) and pooled
+        (B, P), or lists. A prompt that occurs twice is encoded once."""
+        unique, parts = list(dict.fromkeys(prompts)), []
+        self._move_encoders(self.device)
+        for i in range(0, len(unique), 16):
+            found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
+            parts.append([self._as_read(found[k], found[0]) for k in self.takes])
+        self._move_encoders("cpu")
+        conds = [join_rows(*kind) for kind in zip(*parts)]
+        return take_rows(conds, [unique.index(p) for p in prompts])
+
+    def _move_encoders(self, device):
+        """With --offload-text-encoders they are on the GPU only while they encode."""
+        for _, encoder, _ in text_parts(self.pipe) if self.offload else ():
+            encoder.to(device)
 
     def _as_read(self, found, embeds):
         """A result of encode_prompt in the network's data type. No mask means that all tokens count."""
@@ -428,119 +369,60 @@ class Model:
         floating = isinstance(found, torch.Tensor) and found.is_floating_point()
         return found.to(self.dtype) if floating else found
 
-    def _offloaded(self):
-        """What rests in the CPU's memory (pinned, if there is CUDA) while nothing is encoded."""
-        encoders = self.text_encoders if self.offload else []
-        return [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
-
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
-        """v(x_t, t | cond) in float32, guided: in most families by v = v_uncond + g (v_cond - v_uncond).
-
-        adapter: a name, or one name per sample; "base" is the bare model. guidance: a number, or one per
-        sample. Conditional and unconditional halves run in one forward, and a sample whose guidance is 1 has
-        no unconditional half. None has where guidance is `embedded`."""
-        names = [adapter] * len(x) if isinstance(adapter, str) else list(adapter)
-        scales = [float(guidance)] * len(x) if isinstance(guidance, (int, float)) else list(guidance)
-        assert len(names) == len(scales) == len(x) == len(cond[0]), "one of each per sample"
-        guided = [i for i, g in enumerate(scales) if g != 1]
-        if guided and not self.guidable:
-            die(f"guidance {scales[guided[0]]:g}: {self.sources['base']} was distilled to do without; give 1")
+        """v(x_t, t | cond) of one adapter (or "base", or a full fine-tune), (B, ...) float32, guided: in most
+        families v_uncond + g (v_cond - v_uncond), both halves in one forward; none where g = 1, or where the
+        network takes g as an input (`embedded`)."""
+        assert adapter == "base" or adapter in self.adapters or adapter in self.full, adapter
+        if guidance != 1 and not self.guidable:
+            die(f"guidance {guidance:g}: guidance was distilled into {self.sources['base']}; give 1")
+        network = self.full.get(adapter, self.transformer)
+        self.applied.name = adapter
+        x = x.to(self.dtype)
         if self.embedded:
-            cond = (*cond, to_device(scales, x.device))
-        if self.embedded or not guided:
-            return self._forward(x.to(self.dtype), t, cond, names).float()
-        index = to_device(guided, x.device)
-        both = [join_rows(*kind) for kind in zip(cond, take_rows(self.null, [0] * len(guided)))]
-        x_in, asked = torch.cat([x, x[index]]), names + [names[i] for i in guided]
-        v = self._forward(x_in.to(self.dtype), t, both, asked).float()
-        v_cond, v_uncond = v[: len(x)], v[len(x) :]
-        if len(guided) == len(x) and len(set(scales)) == 1:
-            return self.guide(v_cond, v_uncond, scales[0])
-        g = to_device([scales[i] for i in guided], x.device).view(-1, *[1] * (x.dim() - 1))
-        return v_cond.index_copy(0, index, self.guide(v_cond[index], v_uncond, g))
-
-    def _forward(self, x, t, cond, names):
-        """The network of every sample's name at (x, t). The base and all frozen adapters share a forward; the
-        adapter in training and every full fine-tune have one of their own."""
-        assert set(names) <= {"base", *self.full, *self.adapters}, names
-        apart = next((n for n in names if n in self.full or n == self.trained), None)
-        if apart and set(names) != {apart}:
-            v = torch.zeros_like(x)
-            for together in (True, False):
-                rows = [i for i, n in enumerate(names) if (n == apart) == together]
-                index = to_device(rows, x.device)
-                part = self._forward(x[index], t, take_rows(cond, rows), [names[i] for i in rows])
-                v = v.index_copy(0, index, part)
-            return v
-        with self._asking(apart, None if set(names) <= {"base", apart} else self._rows(names)):
-            return self.net(self.full.get(apart, self.transformer), x, t, *cond)
-
-    @contextlib.contextmanager
-    def _asking(self, name, rows):
-        before = self.asked.name, self.asked.rows
-        self.asked.name, self.asked.rows = name, rows
-        try:
-            yield
-        finally:
-            self.asked.name, self.asked.rows = before
+            return self.net(network, x, t, *cond, filled(x, guidance)).float()
+        if guidance == 1:
+            return self.net(network, x, t, *cond).float()
+        null = take_rows(self.null, [0] * len(x))
+        both = [join_rows(*kind) for kind in zip(cond, null)]
+        v_cond, v_uncond = self.net(network, torch.cat([x, x]), t, *both).float().chunk(2)
+        return self.guide(v_cond, v_uncond, guidance)
 
     def _checkpointed(self, block, *inputs):
-        """Gradient checkpointing: a block that the backward computes again asks whom the forward asked."""
-        name, rows = self.asked.name, self.asked.rows
+        """Gradient checkpointing: the backward recomputes a block with the adapter of its forward, whatever
+        was applied since."""
+        name = self.applied.name
 
         def run(*inputs):
-            with self._asking(name, rows):
-                return block(*inputs)
+            self.applied.name = name
+            return block(*inputs)
 
         options = dict(use_reentrant=False, preserve_rng_state=False)  # no dropout: nothing is drawn
         return torch.utils.checkpoint.checkpoint(run, *inputs, **options)
 
-    def _rows(self, names):
-        """Which rows of the layers' stacks are each sample's adapter, (B, largest rank among them); row 0 is
-        zero. The stacks are made anew when weights that are asked have been written since (PyTorch counts
-        writes, though on CUDA not those of torch._foreach_*), as the moving average's are."""
-        writes = {n: sum(p._version for p in self.adapters[n]) for n in set(names) - {"base"}}
-        if not writes.items() <= self.stacked.items():
-            frozen = [n for n in self.adapters if n != self.trained]
-            self.ranks = {n: max(len(A) for A in self.adapters[n][::2]) for n in frozen}
-            self.stacked = {n: sum(p._version for p in self.adapters[n]) for n in frozen}
-            for layer in self.transformer.modules():
-                if isinstance(layer, LoRALinear):
-                    layer.stack(self.ranks)
-        first = dict(zip(self.ranks, itertools.accumulate(self.ranks.values(), initial=1)))
-        most = max(self.ranks[n] for n in writes)
-        rows = torch.zeros(len(names), most, dtype=torch.long)
-        for i, n in enumerate(names):
-            if n != "base":
-                rows[i, : self.ranks[n]] = torch.arange(first[n], first[n] + self.ranks[n])
-        return to_device(rows, self.device)
-
     def compile(self, **options):
         """torch.compile with its options for the blocks of all networks, or an error. A graph serves all
-        blocks of a kind and all mixes of frozen adapters; every other number of rows is another graph."""
-        torch._dynamo.config.recompile_limit = 256
+        blocks of a kind; another adapter or another number of rows is another graph."""
+        torch._dynamo.config.cache_size_limit = 256
         for network in (self.transformer, *self.full.values()):
             for block in network.modules():
                 if type(block).__name__ in network._no_split_modules:
                     block.compile(fullgraph=True, dynamic=False, **options)
 
     @torch.no_grad()
-    def decode(self, latents, names=None):
+    def decode(self, latents, name=None):
         """latents (B, ...) -> pictures (B, 3, H, W), float32 in [0, 1]; a million pixels at a time, to bound
-        the memory. A picture that is not finite is all NaN, never black; where the names of those who drew
-        are given, one or one per sample, it ends the program with its own."""
+        the memory. A picture that is not finite becomes NaN, never black; given the name of the adapter that
+        drew it, it ends the program."""
         latents = self.to_vae(latents.float())
         at_once = max(1, 2**20 // (latents[0, 0].numel() * self.pipe.vae_scale_factor**2))
         pictures = torch.cat([self.pipe.vae.decode(z).sample for z in latents.split(at_once)]).div(2).add(0.5)
         pictures = pictures.reshape(len(latents), 3, *pictures.shape[-2:])  # also a video of one frame
         finite = pictures.isfinite().flatten(1).all(1)
-        if names is not None and not finite.all():
-            name = names if isinstance(names, str) else names[finite.tolist().index(False)]
-            who = f"{name} ({self.sources[name]})"
-            reason = (
-                f"its weights are broken, or too large for --dtype {str(self.dtype).removeprefix('torch.')}"
-            )
-            die(f"{who} draws a picture that is not finite: {reason}")
+        if name and not finite.all():
+            dtype = str(self.dtype).removeprefix("torch.")
+            reason = f"its weights are broken, or too large for --dtype {dtype}"
+            die(f"{name} ({self.sources[name]}) draws a picture that is not finite: {reason}")
         return torch.where(finite.view(-1, 1, 1, 1), pictures.clamp(0, 1), math.nan)
 
     @torch.no_grad()
@@ -564,27 +446,13 @@ class Model:
         *_, last = rollout(velocity, draw(), sigmas, noise_level, sde, draw)
         return self.decode(last.x_next, adapter if strict else None)
 
-    @torch.no_grad()
-    def save_pipeline(self, folder, name):
-        """A stand-alone pipeline with an adapter in its weights. The model is of no use after it."""
-        for layer in self.transformer.modules():
-            if isinstance(layer, LoRALinear):
-                if name in layer.lora_A:
-                    layer.weight += layer.scaling[name] * layer.lora_B[name] @ layer.lora_A[name]
-                del layer.lora_A, layer.lora_B
-                layer.__class__ = torch.nn.Linear
-        self.pipe.vae.to(self.dtype)
-        folder = folder.rstrip("/")
-        self.pipe.save_pretrained(folder + ".new")
-        os.rename(folder + ".new", folder)
-
     # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
         """A LoRA, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
         folder = transformer_folder(locate(path))
         if not folder:
-            return self.load_adapter(name, path)
+            return self.load_adapter(name, path, self.dtype)
         kind, found = type(self.transformer), read_json(os.path.join(folder, "config.json"))["_class_name"]
         check(found == kind.__name__, f"{path}: a {found}; this model's transformer is a {kind.__name__}")
         network = load_network(kind, folder, self.dtype, self.device)
@@ -606,42 +474,35 @@ class Model:
                 lora[n] = torch.nn.init.normal_(A, std=1 / rank), torch.zeros_like(B), alpha
         self.add_adapter(name, lora)
 
-    def load_adapter(self, name, path):
+    def load_adapter(self, name, path, dtype=torch.float32):
         """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id; see read_lora."""
-        lora = read_lora(path, self.pipe.transformer, type(self.pipe))
-        mixed = [n for n in lora if n.startswith(self.token_layers)]
-        reason = "where the tokens of all samples are one row, so that they could not have different adapters"
-        check(not mixed, f"{path}: it adapts {listing(mixed)}, {reason}")
-        self.add_adapter(name, lora, path)
+        self.add_adapter(name, read_lora(path, self.transformer, type(self.pipe)), path, dtype)
 
-    def add_adapter(self, name, lora, source="in training"):
-        """A frozen adapter, alpha/r B A more for a weight, from {module: (A (r, in), B (out, r), alpha)}."""
+    def add_adapter(self, name, lora, source="in training", dtype=torch.float32):
+        """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}: it adds alpha/r B A to a weight."""
         assert name not in self.adapters, f"there is an adapter {name} already"
-        if hasattr(torch.nn.ParameterDict(), name):
-            die(f"{name}: PyTorch uses that name itself; call the task or model something else")
-        layers = linear_layers(self.transformer)
+        layers, self.adapters[name], self.sources[name] = linear_layers(self.transformer), [], source
         for n, (A, B, alpha) in lora.items():
             layer = layers[n]
-            if not isinstance(layer, LoRALinear):
-                layer.__class__, layer.asked, layer.scaling = LoRALinear, self.asked, {}
-                layer.lora_A, layer.lora_B = torch.nn.ParameterDict(), torch.nn.ParameterDict()
-            for weights, new in ((layer.lora_A, A), (layer.lora_B, B)):
-                new = new.detach().to(self.device, torch.float32, copy=True)
-                weights[name] = torch.nn.Parameter(new, requires_grad=False)
-            layer.scaling[name] = alpha / len(A)
-        self.adapters[name], self.sources[name] = list(self.weights(name).values()), source
+            if not isinstance(layer, LoRA):
+                kind = type(layer)
+                layer.__class__ = type("LoRA" + kind.__name__, (LoRA, kind), {})
+                layer.applied, layer.loras = self.applied, {}
+            A, B = (weight.detach().to(self.device, dtype, copy=True) for weight in (A, B))
+            layer.loras[name] = A, B, alpha / len(A)
+            self.adapters[name] += [A, B]
 
     def lora(self, name):
         """An adapter as {module: (A, B, alpha)}; the inverse of add_adapter."""
         found = {}
         for n, layer in linear_layers(self.transformer).items():
-            if isinstance(layer, LoRALinear) and name in layer.lora_A:
-                A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
-                found[n] = A, B, layer.scaling[name] * len(A)
+            if isinstance(layer, LoRA) and name in layer.loras:
+                A, B, scale = layer.loras[name]
+                found[n] = A.detach(), B.detach(), scale * len(A)
         return found
 
     def copy_adapter(self, source, name):
-        """A frozen twin of an adapter under another name."""
+        """A frozen copy of an adapter under another name."""
         self.add_adapter(name, self.lora(source), f"from {source}")
 
     def train_adapter(self, name):
@@ -652,14 +513,9 @@ class Model:
                 p.requires_grad_(other == name)
         return self.adapters[name]
 
-    def weights(self, name):
-        """{(module, "A" or "B"): parameter} of an adapter."""
-        form, parameters = re.compile(rf"(.+)\.lora_([AB])\.{name}"), self.transformer.named_parameters()
-        return {match.groups(): p for key, p in parameters if (match := form.fullmatch(key))}
-
 
 def filled(x, value):
-    """(B,) of one number, beside the samples x (B, ...)."""
+    """full((B,), value) on the device of x (B, ...)."""
     return torch.full((len(x),), value, device=x.device)
 
 
@@ -675,7 +531,7 @@ class SD3(Model):
 
 
 class Flux(Model):
-    """FLUX.1: dev reads its guidance as a number, schnell has none."""
+    """FLUX.1: dev takes guidance as an input (embedded guidance), schnell has none."""
 
     defaults = Model.defaults | dict(guidance=3.5)
     distilled_defaults = dict(guidance=1.0, max_sequence_length=256)
@@ -693,7 +549,7 @@ class Flux(Model):
 
 
 class Flux2(Model):
-    """FLUX.2: klein's base is guided, klein itself was distilled; dev reads its guidance as a number."""
+    """FLUX.2: klein's base is guided, klein itself was distilled; dev takes guidance as an input."""
 
     packed = True
 
@@ -720,7 +576,7 @@ class Flux2(Model):
 
 
 class QwenImage(Model):
-    """Qwen-Image: after guidance, every token gets the length back that it had without."""
+    """Qwen-Image: classifier-free guidance with per-token norm rescaling."""
 
     takes, null_prompt, packed, most_tokens = (0, 1), " ", True, 1024
 
@@ -744,7 +600,7 @@ class ZImage(Model):
     to be guided, which its files do not say; the base is. The pipeline's guidance_scale is one less."""
 
     defaults = Model.defaults | dict(guidance=1.0)
-    attention, token_layers = "attention", ("all_x_embedder.", "cap_embedder.")
+    attention = "attention"
 
     def net(self, network, x, t, embeds):
         time = (1000 - filled(x, 1000 * t)) / 1000  # rounded as the pipeline does
@@ -794,21 +650,21 @@ def load_model(args, device):
     options = (not args.no_t5, args.offload_text_encoders, checkpointing, args.max_sequence_length)
     model = family(args.model, getattr(torch, args.dtype), device, *options)
     model.latent_shape(args.resolution)
-    for name in ("num_steps", "eval_num_steps"):  # what cannot be is refused now, not when it is due
+    for name in ("num_steps", "eval_num_steps"):  # what the schedule cannot do is refused now
         if hasattr(args, name):
             model.sigmas(getattr(args, name), args.resolution)
     return model
 
 
 def defaults_of(model):
-    """What the flags of Model.defaults are for a folder or hub id where they are not given."""
+    """The defaults of Model.defaults' flags for a folder or hub id."""
     folder, pipeline, _ = pipeline_folder(model, only=["transformer/config.json"])
     index, config = (os.path.join(folder, name) for name in ("model_index.json", "transformer/config.json"))
     return FAMILIES[pipeline.__name__].flag_defaults(read_json(index), read_json(config))
 
 
 def join_rows(first, *others):
-    """Rows of prompts below one another: lists stay lists, tensors are padded with zeros to the longest."""
+    """Concatenate rows of prompts: lists stay lists, tensors are padded with zeros to the longest."""
     if isinstance(first, list):
         return sum(others, first)
     if all(part.shape[1:] == first.shape[1:] for part in others):
@@ -818,9 +674,26 @@ def join_rows(first, *others):
 
 
 def take_rows(cond, rows):
-    """Those rows of what `encode` returned, by their numbers."""
-    taken = ([c[i] for i in rows] if isinstance(c, list) else c[to_device(rows, c.device)] for c in cond)
+    """Some rows of what `encode` returned: a slice, or a list of their numbers."""
+    taken = []
+    for c in cond:
+        if isinstance(rows, slice):
+            taken.append(c[rows])
+        elif isinstance(c, list):
+            taken.append([c[i] for i in rows])
+        else:
+            taken.append(c[to_device(rows, c.device)])
     return tuple(taken)
+
+
+def by_task(tasks):
+    """[(task, slice of its rows)]: the runs of equal tasks in a batch, which is in the order of its tasks."""
+    found, start = [], 0
+    for task, group in itertools.groupby(tasks):
+        stop = start + len(list(group))
+        found.append((task, slice(start, stop)))
+        start = stop
+    return found
 
 
 def text_parts(pipe):
@@ -837,41 +710,9 @@ def is_clip(encoder):
     return type(encoder).__name__.startswith("CLIP")
 
 
-def what_fits(model, most, shape, guidance):
-    """How many of `most` samples go through the network at once: 16, or half as many, or half of that, until
-    a step of a rollout, labelled and learnt, fits into every process's GPU. guidance: the student's."""
-    params, text = model.adapters[model.trained], "a " * model.max_length
-
-    def learn(size):
-        later = [torch.empty_like(p) for p in params for _ in range(4)]  # noqa: F841 - held, as AdamW will
-        x = torch.zeros(size, *shape, device=model.device)
-        cond = model.encode([text] * size)  # as long as it can be
-        v = model.velocity(x, 0.5, cond, model.trained, guidance)
-        with torch.no_grad():
-            model.velocity(x, 0.5, cond, "base", 2.0 if model.guidable else 1.0)
-        v.sum().backward()
-
-    size = min(most, 16)
-    while torch.device(model.device).type != "cpu":
-        failed = 0.0
-        try:
-            learn(size)
-        except RuntimeError as error:
-            if size == 1 or not is_full(error):
-                raise
-            failed = 1.0
-        for p in params:
-            p.grad = None
-        torch.cuda.empty_cache()
-        if not reduce_sum(torch.tensor(failed, device=model.device)).item():
-            break
-        size //= 2
-    return size
-
-
 def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     """A diffusers pipeline from its folder or hub id, every network of it loaded and checked by load_network,
-    the VAE in float32. left_out: parts to do without; offload keeps the text encoders in the CPU's memory."""
+    the VAE in float32. left_out: parts to do without; offload keeps the text encoders in CPU memory."""
     import diffusers
     import transformers
 
@@ -902,7 +743,7 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
 
 def load_network(kind, folder, dtype, device):
     """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
-    and is finite, or it is refused: the libraries draw what is missing, and drop what is too much."""
+    and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much."""
     import diffusers
 
     quantised = "a quantised network; give one in float32, bfloat16 or float16, which --dtype converts"
@@ -919,15 +760,12 @@ def load_network(kind, folder, dtype, device):
         network, info = kind.from_pretrained(folder, **options)
     except Exception as error:
         die(f"{folder}: cannot be loaded: {first_line(error)}")
-    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    misshapen = sorted(key for key, *_ in info["mismatched_keys"])
-    fronts = {e.removesuffix(m) if e.endswith(m) else "" for m, e in zip(missing, extra)}
-    if len(missing) == len(extra) and len(fronts) == 1 and fronts != {""}:
-        die(f"{folder}: its keys begin with {fronts.pop()!r}, those of a wrapper; save the network within it")
-    found = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
-    wrong = [f"{what} are {listing(keys)}" for what, keys in found.items() if keys]
-    if wrong:
-        die(f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}")
+    found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+    found["of another shape"] = [key for key, *_ in info["mismatched_keys"]]
+    wrong = [f"{what} are {listing(sorted(keys))}" for what, keys in found.items() if keys]
+    check(
+        not wrong, f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}"
+    )
     network.requires_grad_(False).eval().to(device)
     for module in network.modules():
         if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
@@ -939,6 +777,8 @@ def load_network(kind, folder, dtype, device):
 
 
 # -- LoRA files --------------------------------------------------------------------------------------------
+
+PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 def linear_layers(network):
@@ -956,14 +796,12 @@ def skeleton(model):
         return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json"))), pipeline
 
 
-PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
-
-
 def read_lora(path, network, pipeline):
     """A LoRA for `network`, the transformer of a diffusers pipeline of class `pipeline`, as {module: (A (r,
-    in), B (out, r), alpha)}, float32 on the CPU. Either it is just what its files say, alpha/r B A more for
-    the weight of each module, or the program ends with what is wrong."""
+    in), B (out, r), alpha)}, float32 on the CPU. Every tensor in the file is used; otherwise it exits naming
+    the key."""
     from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
 
     file = locate(path)
@@ -975,95 +813,86 @@ def read_lora(path, network, pipeline):
         check(found, f"{path}: neither {PEFT_FILE} (PEFT) nor {DIFFUSERS_FILE} (diffusers) is in it{advice}")
         file = found[0]
     header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
-    config, default_alpha = lora_settings(file, header, tensors)
-    parts, alphas, strange = lora_parts(tensors, layers)
-    if strange and not any("dora" in key or "magnitude" in key for key in strange):  # which it would drop
-        with contextlib.suppress(Exception):  # it knows some layouts of other programs, and fails on the rest
-            parts, alphas, strange = lora_parts(pipeline.lora_state_dict(dict(tensors)), layers)
-    if strange or not parts:
-        advice = ""
-        if any(re.match(r"lora_|diffusion_model\.|.*joint_blocks", key) for key in strange):
-            advice = (
-                ". OneTrainer's convert_model.py makes diffusers' layout of kohya's and ComfyUI's "
-                "(--training-method LORA --output-model-format DIFFUSERS_LORA)"
-            )
-        what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model"
-        die(f"{path}: {what}: {listing(strange)}{advice}")
-    lora, wrong, assumed = {}, [], False
-    for n, (A, B) in parts.items():
-        shape = tuple(layers[n].weight.shape)
+    config = lora_config(file, header, tensors)
+    halves, alphas, strange = lora_halves(tensors, layers)
+    if strange and not any("dora" in key or "magnitude" in key for key in strange):
+        try:  # diffusers converts some layouts of other programs; it would drop DoRA's part
+            halves, alphas, strange = lora_halves(pipeline.lora_state_dict(dict(tensors)), layers)
+        except Exception as error:
+            strange.append(f"diffusers: {first_line(error)}")
+    if strange or not halves:
+        what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model: {listing(strange)}"
+        die(f"{path}: {what}. OneTrainer's convert_model.py makes diffusers' layout of other programs'")
+
+    default = None  # alpha
+    if config is None:
+        known = [header[key] for key in ("lora_alpha", "alpha", "ss_network_alpha") if key in header]
+        default = float(known[0]) if known and known[0] != "None" else None
+    lora, wrong = {}, []
+    for n, (A, B) in halves.items():
+        shape = layers[n].out_features, layers[n].in_features
         if A.ndim != 2 or B.ndim != 2 or (len(B), A.shape[1]) != shape or not 0 < len(A) == B.shape[1]:
             wrong.append(f"{n} has A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {shape}")
             continue
-        rank, alpha, expected = len(A), default_alpha, len(A)
+        rank, alpha = len(A), alphas.get(n, default)
         if config:
-            alpha = by_pattern(config.alpha_pattern, n, config.lora_alpha)
-            expected = by_pattern(config.rank_pattern, n, config.r)
-        alpha = alphas.get(n, alpha)
+            expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern, n), config.r)
+            if rank != expected:
+                wrong.append(f"{n} has rank {rank}, in its settings {expected}")
+            pattern = get_pattern_key(config.alpha_pattern, n)
+            alpha = alphas.get(n, config.alpha_pattern.get(pattern, config.lora_alpha))
+            alpha *= math.sqrt(rank) if config.use_rslora else 1
         if alpha is None:
-            alpha, assumed = rank, True
-        if rank != expected:
-            wrong.append(f"{n} has rank {rank}, in its settings {expected}")
+            alpha = rank
         if not A.isfinite().all() or not B.isfinite().all() or not math.isfinite(alpha):
             wrong.append(f"{n} has values that are not finite")
-        if config and config.use_rslora:
-            alpha *= math.sqrt(rank)
         lora[n] = A, B, alpha
-    missing = [n for n in layers if config and n not in parts and check_target_module_exists(config, n)]
+    missing = [n for n in layers if config and n not in halves and check_target_module_exists(config, n)]
     if missing:
         wrong.append(f"{len(missing)} layers that its settings target have no weights: {listing(missing)}")
     check(not wrong, f"{path}: {listing(wrong)}")
-    if assumed and not any(key.endswith(".alpha") for key in tensors):  # what diffusers converts has it in B
-        say(f"note: {path} says nothing of its alpha; taken to be its rank, as diffusers does")
+    if config is None and default is None and not any(key.endswith(".alpha") for key in tensors):
+        say(f"note: {path} does not give its alpha; taken as its rank, as diffusers does")
     return lora
 
 
-def by_pattern(patterns, name, default):
-    """What peft's rank_pattern or alpha_pattern says of a module."""
-    from peft.utils.other import get_pattern_key
+LORA_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+LORA_SETTINGS += ("exclude_modules", "layers_to_transform", "layers_pattern")
+NO_EFFECT = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+NO_EFFECT += ("inference_mode", "lora_dropout", "fan_in_fan_out", "bias", "init_lora_weights", "eva_config")
+NO_EFFECT += ("megatron_core", "qalora_group_size", "runtime_config")
 
-    return (patterns or {}).get(get_pattern_key(patterns or (), name), default)
 
-
-def lora_settings(file, header, keys):
-    """A LoRA file's LoraConfig or None, and its header's alpha or None; more than alpha/r B A is refused."""
-    from peft import LoraConfig, PeftConfig
+def lora_config(file, header, keys):
+    """A LoRA file's settings, peft's LoraConfig, or None if it has none; more than alpha/r B A is refused."""
+    from peft import LoraConfig
 
     is_peft = any(key.startswith("base_model.model.") for key in keys) or os.path.basename(file) == PEFT_FILE
-    source = file
+    source = os.path.join(os.path.dirname(file), "adapter_config.json")
     if "lora_adapter_metadata" in header:  # diffusers'
-        config = json_object(header["lora_adapter_metadata"], file)
+        config, source = json_object(header["lora_adapter_metadata"], file), file
     elif is_peft:
-        source = os.path.join(os.path.dirname(file), "adapter_config.json")
         check(os.path.exists(source), f"{file}: a PEFT LoRA without its adapter_config.json")
         config = read_json(source)
     else:
-        for key in ("lora_alpha", "alpha", "ss_network_alpha"):
-            with contextlib.suppress(KeyError, ValueError):
-                return None, float(header[key])
-        return None, None
+        return None
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     start = config.get("init_lora_weights", True)
     if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
         reason = "changes the base too, so this LoRA is no difference to the base given"
         way = "peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
         die(f'{source}: "init_lora_weights": "{start}" {reason}; {way}')
+    more = sorted(key for key, value in config.items() if value and key not in LORA_SETTINGS + NO_EFFECT)
+    check(not more, f"{source}: more than a plain LoRA: it sets {listing(more)}")
+    found = {key: config[key] for key in LORA_SETTINGS if config.get(key) is not None}
+    is_lora = config.get("peft_type", "LORA") == "LORA" and "target_modules" in found
+    numeric = isinstance(found.get("r"), int) and isinstance(found.get("lora_alpha"), (int, float))
+    seen = ", ".join(f"{k} {config.get(k)!r}" for k in ("peft_type", "r", "lora_alpha", "target_modules"))
+    check(is_lora and numeric, f"{source}: not the settings of a plain LoRA: {seen}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings that only a newer peft has: see below
-            settings = PeftConfig.from_peft_type(**{"peft_type": "LORA"} | config)
-        plain = isinstance(settings, LoraConfig) and isinstance(settings.r, int) and settings.target_modules
-        plain = plain and isinstance(settings.lora_alpha, (int, float))
+        return LoraConfig(**found)
     except Exception as error:
         die(f"{source}: not the settings of a LoRA ({first_line(error)})")
-    seen = ", ".join(f"{k} {config.get(k)!r}" for k in ("peft_type", "r", "lora_alpha", "target_modules"))
-    check(plain, f"{source}: not the settings of a plain LoRA: {seen}")
-    more = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
-    more |= {"use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config"}  # not marked by peft 0.18
-    more |= {"layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"}
-    more = sorted(key for key in config if config[key] and (key in more or not hasattr(settings, key)))
-    check(not more, f"{source}: more than a plain LoRA: it sets {listing(more)}")
-    return settings, None
 
 
 LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs that write a module's dots as _
@@ -1072,8 +901,8 @@ LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs tha
 )
 
 
-def lora_parts(tensors, layers):
-    """({module: (A, B)}, {module: alpha}, [what belongs to neither]) of a LoRA file's tensors."""
+def lora_halves(tensors, layers):
+    """({module: (A, B)}, {module: alpha}, [keys that belong to neither]) of a LoRA file's tensors."""
     with_underscores = {n.replace(".", "_"): n for n in layers}
     halves, alphas, strange = {}, {}, []
     for key, tensor in tensors.items():
@@ -1093,8 +922,8 @@ def lora_parts(tensors, layers):
 
 def save_lora(lora, folder):
     """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors),
-    and the one that `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors), with the alpha
-    in its metadata: without it diffusers takes alpha = rank, and the picture is another one."""
+    and the one that `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors). There
+    alpha/r is folded into B: a program that reads no alpha assumes alpha = rank, so all agree."""
     from peft import LoraConfig
     from safetensors.torch import save
 
@@ -1104,35 +933,35 @@ def save_lora(lora, folder):
     config = LoraConfig(r=rank, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas).to_dict()
     config |= {"inference_mode": True, "target_modules": sorted(lora), "peft_type": "LORA"}
     config = json.loads(json.dumps(config, default=str))
-    tensors = {}
-    for n, (A, B, _) in lora.items():
-        tensors[f"{n}.lora_A.weight"] = A.detach().cpu().contiguous()
-        tensors[f"{n}.lora_B.weight"] = B.detach().cpu().contiguous()
+    peft_tensors, tensors = {}, {}
+    for n, (A, B, its_alpha) in lora.items():
+        A, B = A.detach().cpu().contiguous(), B.detach().cpu().contiguous()
+        peft_tensors |= {f"base_model.model.{n}.lora_A.weight": A, f"base_model.model.{n}.lora_B.weight": B}
+        scaled = B * (its_alpha / len(A))
+        tensors |= {f"transformer.{n}.lora_A.weight": A, f"transformer.{n}.lora_B.weight": scaled}
     final = os.path.realpath(folder)
     folder = final + ".new"  # written beside, then renamed
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    peft_tensors = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
     write(os.path.join(folder, PEFT_FILE), save(peft_tensors, {"format": "pt"}))
-    its_config = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
-    its_tensors = {f"transformer.{key}": tensor for key, tensor in tensors.items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": its_config}
-    write(os.path.join(folder, DIFFUSERS_FILE), save(its_tensors, metadata))
+    folded = config | {"lora_alpha": rank, "alpha_pattern": ranks}
+    folded = json.dumps({f"transformer.{key}": value for key, value in folded.items()}, sort_keys=True)
+    metadata = {"format": "pt", "lora_adapter_metadata": folded}
+    write(os.path.join(folder, DIFFUSERS_FILE), save(tensors, metadata))
     replace_folder(folder, final)
 
 
 def merge_loras(parts):
-    """The exact weighted average of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k with the weights
-    scaled to sum to 1, as one LoRA whose rank is the sum of theirs. parts: [({module: (A, B, alpha)},
-    weight), ...] -> {module: (A, B, alpha)}."""
-    total, merged = sum(weight for _, weight in parts), {}
+    """The exact weighted sum of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k, as one LoRA whose
+    rank is the sum of theirs. parts: [({module: (A, B, alpha)}, weight), ...] -> {module: (A, B, alpha)}."""
+    merged = {}
     for n in dict.fromkeys(n for lora, _ in parts for n in lora):
         As, Bs = [], []
         for lora, weight in parts:
             if n in lora:
                 A, B, alpha = lora[n]
-                factor = weight / total * alpha / len(A)
+                factor = weight * alpha / len(A)
                 root = abs(factor) ** 0.5
                 As.append(A * root)
                 Bs.append(B * math.copysign(root, factor))  # alpha may be negative
@@ -1140,16 +969,21 @@ def merge_loras(parts):
     return merged
 
 
-def truncate_lora(lora, rank):
-    """The best approximation of every module's delta at a lower rank (SVD), in the same form."""
-    found = {}
-    for n, (A, B, alpha) in lora.items():
-        Qb, Rb = torch.linalg.qr(B.double())
-        Qa, Ra = torch.linalg.qr(A.double().T)  # B A = Qb (Rb Ra^T) Qa^T
-        U, S, Vh = torch.linalg.svd(Rb @ Ra.T * (alpha / len(A)))
+def merge_ties(loras, density):
+    """TIES (arXiv 2306.01708) of LoRAs' weight deltas, as peft's add_weighted_adapter with "ties_svd" and
+    weights 1: keep the largest `density` of each delta, give every entry the sign of the deltas' sum, average
+    those that have it, and take the best LoRA of the largest rank among them."""
+    from peft.utils.merge_utils import ties
+
+    merged = {}
+    for n in dict.fromkeys(n for lora in loras for n in lora):
+        its = [lora[n] for lora in loras if n in lora]
+        deltas = [alpha / len(A) * B @ A for A, B, alpha in its]
+        U, S, Vh = torch.linalg.svd(ties(deltas, torch.ones(len(its), device=deltas[0].device), density))
+        rank = max(len(A) for A, _, _ in its)
         root = S[:rank].sqrt()
-        found[n] = (root[:, None] * (Vh[:rank] @ Qa.T)).float(), (Qb @ U[:, :rank] * root).float(), len(root)
-    return found
+        merged[n] = root[:, None] * Vh[:rank], U[:, :rank] * root, rank
+    return merged
 
 
 # -- where things lie --------------------------------------------------------------------------------------
@@ -1187,11 +1021,11 @@ def transformer_folder(folder):
             return place
 
 
-REVISIONS = {}  # of the hub's repositories, each as it was when this process first asked
+REVISIONS = {}  # {hub repository: commit, pinned at first download}
 
 
 def fetch(repo, patterns):
-    """A hub repository's files, downloaded once; a clear end where it cannot be had."""
+    """A hub repository's files, downloaded once."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -1243,7 +1077,7 @@ def read_header(file):
 
 
 # ============================================================================================================
-# 3. What a run needs: flags, prompts, processes, a folder of its own
+# 3. What a run needs: flags, prompts, processes, a folder with checkpoints
 # ============================================================================================================
 
 
@@ -1259,7 +1093,7 @@ def die(message):
 
 
 def check(holds, message):
-    """End the program with one clear line unless this holds."""
+    """Exit with one clear line unless this holds."""
     if not holds:
         die(message)
 
@@ -1278,14 +1112,11 @@ def listing(names, most=4):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help: the script's docstring, and every flag's default; some have one for each family of models."""
+    """--help: the script's docstring, and the defaults of flags that have one."""
 
     def _get_help_string(self, action):
         if action.dest in Model.defaults:
-            usual = Model.defaults[action.dest]
-            families = {family.__name__: family.defaults[action.dest] for family in FAMILIES.values()}
-            others = ", ".join(f"{name} {value}" for name, value in families.items() if value != usual)
-            return f"{action.help} (default: {usual}, but {others})"
+            return f"{action.help} (default: the model's)"
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
@@ -1293,67 +1124,54 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
-    fit it; what neither says is the default of the model's family. parser.given: what was typed."""
-    catch_full(parser._option_string_actions)
+    fit it; what neither gives is the default of the model's family. parser.given: the flags typed."""
+    sys.excepthook = explain_full
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
-    parser.epilog = textwrap.fill(f"Without --model, other defaults: {as_flags(toy)}", 110)
+    settings = " ".join(f"{name.replace('_', '-')}={value}" for name, value in toy.items())
+    parser.epilog = textwrap.fill(f"Without --model, other defaults: {settings}", 110)
     nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})
     typed = vars(parser.parse_known_args(namespace=nothing)[0])
     parser.given = {name for name, value in typed.items() if value is not None}
     if "model" not in parser.given:
-        parser.set_defaults(**{name: from_anywhere(value) for name, value in toy.items()})
+        parser.set_defaults(**toy)
     args = parser.parse_args()
     open_flags = [name for name in Model.defaults if getattr(args, name, "") is None]
     if open_flags:
         defaults = defaults_of(args.model)
         for name in open_flags:
             setattr(args, name, defaults[name])
-        if "model" in parser.given:
-            say(f"{args.model}, its defaults: {as_flags({name: defaults[name] for name in open_flags})}")
-    check_numbers(parser._actions, args)
-    if getattr(args, "track", None):
-        check(importlib.util.find_spec(args.track), f"--track {args.track}: pip install {args.track}")
+    check_flags(parser._actions, args)
     return args
 
 
-def check_numbers(actions, args):
-    """Refuse numbers that are too small: counts below 1, others below 0."""
+def check_flags(actions, args):
+    """What several scripts refuse. Counts are at least 1, other numbers at least 0, and all finite."""
     for action in actions:
         values = getattr(args, action.dest, None)
         if action.type not in (int, float) or values is None:
             continue
         least = 1 if action.type is int and action.dest not in ("seed", "sde_window", "label_steps") else 0
         for value in values if isinstance(values, list) else [values]:
-            check(value >= least, f"{action.option_strings[0]} {value}: must be at least {least}")
-    check(getattr(args, "ema", 0) < 1, f"--ema {getattr(args, 'ema', 0)}: must be below 1")
-    if getattr(args, "sde", None) == "cps" and args.noise_level > 1:
-        die(f"--noise-level {args.noise_level}: with --sde cps it is a share of the noise, at most 1")
-
-
-def as_flags(defaults):
-    """{"batch_size": 8} -> "--batch-size 8", for the eye; without the model."""
-    flags = []
-    for name, value in defaults.items():
-        if name != "model":
-            words = value if isinstance(value, list) else [value]
-            flags.append(f"--{name.replace('_', '-')} {' '.join(map(str, words))}")
-    return ", ".join(flags)
-
-
-def from_anywhere(value):
-    """A default of the toy with its files found from any working folder."""
-    if isinstance(value, list):
-        return [from_anywhere(v) for v in value]
-    if not isinstance(value, str) or os.getcwd() == HERE:
-        return value
-    return re.sub("(^|=)toy/", lambda m: f"{m[1]}{HERE}/toy/", value)
+            fits = least <= value < 2**63
+            check(fits, f"{action.option_strings[0]} {value}: must be a number of at least {least}")
+    given = types.SimpleNamespace(**{"num_steps": 2, "noise_level": 1, "ema": 0, "sde": None} | vars(args))
+    check(given.ema < 1, f"--ema {given.ema}: must be below 1")
+    if hasattr(args, "steps"):
+        check(given.num_steps >= 2, f"--num-steps {given.num_steps}: must be at least 2 to train")
+        check(given.noise_level > 0, "--noise-level 0: must be positive to train (without noise: --sde ode)")
+    if given.sde == "cps":
+        check(given.noise_level <= 1, f"--noise-level {given.noise_level}: with --sde cps at most 1")
+    if getattr(args, "init", None) not in (None, "none", "merge"):
+        locate(args.init)
+    if getattr(args, "track", None):
+        check(importlib.util.find_spec(args.track), f"--track {args.track}: pip install {args.track}")
 
 
 def refuse_given(parser, flags, reason):
-    """End the program if one of these flags was typed, since it would do nothing."""
+    """Exit if one of these flags was typed, since it would do nothing."""
     for flag in flags:
         check(flag not in parser.given, f"--{flag.replace('_', '-')}: {reason}")
 
@@ -1363,26 +1181,17 @@ def is_full(error):
     return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
-def catch_full(known):
-    """A full disk or a full GPU is no bug: it gets one line too. known: the script's flags."""
-    global HOW_TO_GO_ON
-    HOW_TO_GO_ON = "--resume auto goes on" if "--resume" in known else "the same command goes on"
-    batch = "--micro-batch-size 1" if "--micro-batch-size" in known else "--batch-size 1"
-    frugal = [batch, "--eval-batch-size 1", "--gradient-checkpointing", "--offload-text-encoders", "--no-t5"]
-    advice = ", ".join(flag for flag in frugal if flag.split()[0] in known)
-
-    def hook(kind, error, trace):
-        if is_full(error):
-            said = first_line(error)[:160]
-            message = f"the GPU's memory is full; less of it is needed with {advice} ({said})"
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            lost = f"{error.strerror}: {error.filename or 'a file of this run'} could not be written"
-            message = f"{lost}; what was saved before is whole. Make room, then {HOW_TO_GO_ON}"
-        else:
-            return sys.__excepthook__(kind, error, trace)
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-
-    sys.excepthook = hook
+def explain_full(kind, error, trace):
+    """An excepthook: a full disk or a full GPU is no bug, so it gets one line too."""
+    if is_full(error):
+        frugal = "a smaller --micro-batch-size, --batch-size or --eval-batch-size, --gradient-checkpointing"
+        message = f"the GPU's memory is full; {frugal} or --offload-text-encoders need less of it"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        lost = f"{error.strerror}: {error.filename or 'a file of this run'} could not be written"
+        message = f"{lost}; what was saved before is whole. Make room, then continue (--resume auto)"
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
 
 
 def split_options(flag, spec, **options):
@@ -1396,7 +1205,7 @@ def split_options(flag, spec, **options):
 
 
 def parse_specs(flag, specs, **options):
-    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}; a wrong one is refused."""
+    """["name=value,key=1.5", ...] -> {name: {"value": value, **options}}."""
     found = {}
     form = "NAME=VALUE" + "".join(f"[,{key}=NUMBER]" for key in options)
     for spec in specs or []:
@@ -1405,103 +1214,81 @@ def parse_specs(flag, specs, **options):
         fits = value and re.fullmatch(r"[A-Za-z][\w-]*", name)
         check(fits, f"{flag} {spec}: expected {form}, NAME of letters, digits, - and _")
         check(name not in found, f"{flag}: {name} is given twice")
+        check(fields.get("weight", 1) > 0, f"{flag} {spec}: weight 0; leave it out instead")
         found[name] = {"value": value, **fields}
-    if found and "weight" in options:
-        check(any(spec["weight"] for spec in found.values()), f"{flag}: all weights are 0")
     return found
+
+
+TAKEN = ("base", "student", "start", "ema", "anchor", "sum", "ties", "teachers")
+
+
+def parse_tasks(args, **options):
+    """--teachers and --prompts, which must name the same tasks: ({task: {"value": LORA, **options}}, {task:
+    file})."""
+    check(
+        args.teachers and args.prompts, "--model needs --teachers TASK=LORA and --prompts TASK=FILE with it"
+    )
+    teachers, files = (
+        parse_specs("--teachers", args.teachers, **options),
+        parse_specs("--prompts", args.prompts),
+    )
+    for task in teachers:
+        check(task not in TAKEN, f"--teachers {task}: that name is taken")
+    only = sorted(teachers.keys() ^ files.keys())
+    check(not only, f"--teachers and --prompts: every task needs both; only one names {listing(only)}")
+    return teachers, {task: files[task]["value"] for task in teachers}
 
 
 # -- prompts -----------------------------------------------------------------------------------------------
 
+CONTENTS = {}  # {prompt file: hash of what was read}: a pipe can be read only once
+
 
 def load_prompts(task, path):
-    """One task's prompts, [{"prompt": str, ...}], from a file: one a line; .jsonl, an object a line; .json,
-    an array; .csv and .tsv with a header; any of them gzipped (.gz). What stands beside a prompt is for its
-    reward, as in GenEval's metadata. Rows whose "task" is another are skipped, unless task is None."""
+    """One task's prompts, [{"prompt": str, ...}], from a UTF-8 file: .txt, one a line, or .jsonl, an object a
+    line, whose other fields are for the reward, as in GenEval's metadata. Rows whose "task" is another are
+    skipped, unless task is None."""
+    try:
+        data = pathlib.Path(path).read_bytes()
+        lines = re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        die(f"{path}: no such file")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        die(f"{path}: line {line} is not UTF-8; convert it")
+    except OSError as error:
+        die(f"{path}: cannot be read ({error.strerror})")
+    CONTENTS[path] = hashlib.sha256(data).hexdigest()[:12]
+    kind = os.path.splitext(path)[1].lower()
+    check(kind not in (".json", ".csv", ".tsv", ".gz"), f"{path}: a {kind} file; prompts are .txt or .jsonl")
+    check(b"\0" not in data, f"{path}: not a text in UTF-8 (it has NUL bytes)")
     prompts = []
-    for place, row in read_rows(path):
-        if isinstance(row, str):
-            row = {"prompt": row}
-        text = row.get("prompt") if isinstance(row, dict) else None
-        check(isinstance(text, str) and text.strip(), f'{path}: {place} has no "prompt"')
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place, row = f"{path}: line {number}", {"prompt": line.strip()}
+        if kind == ".jsonl":
+            row = json_object(line, place)
+        prompt = row.get("prompt")
+        check(isinstance(prompt, str) and prompt.strip(), f'{place} has no "prompt"')
         half = re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
-        check(not half, f"{path}: {place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
+        check(not half, f"{place} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
         if task is None or row.get("task", task) == task:
             prompts.append(row)
     check(prompts, f"{path}: no prompts in it" + (f' for the task "{task}"' if task else ""))
     return prompts
 
 
-def read_rows(path):
-    """What a prompt file holds, [(where it stands, a text or an object)]."""
-    text = read_text(path)
-    kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    if kind in (".csv", ".tsv"):
-        return read_table(text, path, "\t" if kind == ".tsv" else ",")
-    is_json = kind in (".json", ".jsonl")
-    if is_json and text.lstrip().startswith("["):
-        try:
-            return [(f"entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            die(f"{path}: not JSON ({error})")
-    rows = []
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        try:
-            if line.strip():
-                rows.append((f"line {number}", json.loads(line) if is_json else line.strip()))
-        except ValueError as error:
-            die(f"{path}: line {number} is not JSON ({error})")
-    return rows
-
-
-def read_table(text, path, delimiter):
-    """The rows of a .csv or .tsv file, as read_rows has them; its column of prompts becomes "prompt"."""
-    table, rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
-    try:
-        columns = table.fieldnames or []
-        named = [name for name in columns if name.strip().lower() in ("prompt", "prompts")]
-        seen = listing(columns, 9) or "none"
-        check(len(named) == 1, f"{path}: its header must name one column prompt; it has {seen}")
-        for row in table:
-            place = f"line {table.line_num}"
-            advice = f"quote what has a {delimiter!r}"
-            check(None not in row, f"{path}: {place} has more columns than the header; {advice}")
-            row["prompt"] = row.pop(named[0])
-            rows.append((place, {name: value for name, value in row.items() if value is not None}))
-    except csv.Error as error:
-        die(f"{path}: line {table.reader.line_num}: {error}")
-    return rows
-
-
-def read_text(path):
-    """A UTF-8 file's text, also gzipped; another encoding is refused by its name."""
-    try:
-        data = pathlib.Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        die(f"{path}: no such file")
-    except (OSError, EOFError, zlib.error) as error:
-        die(f"{path}: cannot be read ({first_line(error)})")
-    except UnicodeDecodeError as error:
-        seen = "UTF-16" if b"\0" in data else "cp1252"
-        line = data.count(b"\n", 0, error.start) + 1
-        die(f"{path}: line {line} is not UTF-8, it looks like {seen}; convert it: iconv -f {seen} -t UTF-8")
-    check("\0" not in text, f"{path}: not UTF-8, it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-    return text
-
-
-def pick_prompts(prompts, weights, seed, step, count, schedule="mixed"):
-    """The global batch of one update: `count` pairs (task, row), a pure function of (seed, step). mixed:
-    tasks in proportion to their weights by systematic sampling, so that every batch is as balanced as it can
-    be. alternate: all of one task, each in turn for as many updates as its weight says."""
+def pick_prompts(prompts, shares, seed, step, count, schedule="mixed"):
+    """The global batch of one update: `count` pairs (task, row) in the order of the tasks, a pure function of
+    (seed, step). mixed: tasks in proportion to their shares by systematic sampling, so that every batch is as
+    balanced as it can be. alternate: all of one task, each in turn for as many updates as its share says."""
     rng = np.random.default_rng([seed, step])
     tasks = list(prompts)
     if schedule == "alternate":
-        turns = [task for task in tasks for _ in range(int(weights[task]))]
-        weights = {task: float(task == turns[step % len(turns)]) for task in tasks}
-    edges = np.cumsum([weights[task] for task in tasks]) / sum(weights[task] for task in tasks)
+        turns = [task for task in tasks for _ in range(int(shares[task]))]
+        shares = {task: float(task == turns[step % len(turns)]) for task in tasks}
+    edges = np.cumsum([shares[task] for task in tasks]) / sum(shares[task] for task in tasks)
     places = (np.arange(count) + rng.random()) / count
     slots = np.searchsorted(edges, places, side="right").clip(max=len(tasks) - 1)
     picked = [tasks[slot] for slot in slots]
@@ -1516,13 +1303,12 @@ def start_processes(track=None, out=None):
     torchrun's CPU processes: left to itself, every one of them would take itself for the only one."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
-        asked = os.environ.get("ACCELERATE_USE_" + plugin, "").lower() in ("1", "true")
-        use = "use torchrun, or accelerate launch --multi_gpu"
-        check(not asked, f"accelerate launch asks for {plugin}, which this program does without; {use}")
+    alone = "WORLD_SIZE" in os.environ and "RANK" not in os.environ
+    check(not alone, "WORLD_SIZE is set and RANK is not: unset it, or start the processes with torchrun")
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # torchrun sees the dead at once
     cpu = not (torch.cuda.is_available() or torch.xpu.is_available()) and "WORLD_SIZE" in os.environ
-    return Accelerator(kwargs_handlers=[patience], cpu=cpu, log_with=track, project_dir=out)
+    options = dict(kwargs_handlers=[patience], cpu=cpu, log_with=track, project_dir=out)
+    return Accelerator(mixed_precision="no", **options)
 
 
 def end_processes(accelerator, failure=None):
@@ -1549,14 +1335,8 @@ def reduce_sum(tensor):
         except RuntimeError as error:
             this = f"process {torch.distributed.get_rank()} could not reach the others of this job"
             reason = "one has died, or this GPU is out of memory. What was saved before is whole"
-            die(f"{this}, so it ends too: {reason}, {HOW_TO_GO_ON} ({first_line(error)[:160]})")
+            die(f"{this}, so it ends too: {reason} ({first_line(error)[:160]})")
     return tensor
-
-
-MORE_FINITE = (  # said where training is not finite
-    "try a smaller --lr or another --dtype; in float16 --resume auto with a smaller --micro-batch-size, of "
-    "which a gradient is the sum, may do"
-)
 
 
 def descend(optimizer, params, count):
@@ -1597,7 +1377,9 @@ class StopSignal:
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all, so none waits for one that left."""
-        return reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0
+        if reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0:
+            self.name = self.name or "another process's"
+        return self.name is not None
 
     def disarm(self):
         """From here on Ctrl-C ends the program at once."""
@@ -1609,18 +1391,18 @@ class StopSignal:
 
 class Run:
     """A training run: its processes, and its folder with log.jsonl, args.json and checkpoints/. Scripts make
-    one, `begin` it when the model stands, and `report`, `save` and `end` it."""
+    one, `begin` it when the model is loaded, and `report`, `save` and `end` it."""
 
     def __init__(self, args, out=None):
-        self.args, self.out = args, out or args.out
+        self.args, self.out, self.skipped = args, out or args.out, 0
         self.accelerator = start_processes(args.track, self.out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.init = claim_folder(self.out, self.accelerator, args.resume, args.overwrite, args.init)
+        claim_folder(self.out, self.accelerator, args.resume, args.overwrite, args.init)
 
     def begin(self, model, adapter, optimizer, files, settings):
-        """The step to go on from, 0 in a new run. Trained are the adapter and its average, "ema". files, by
-        content, and settings make the run what it is. From here on Ctrl-C and SIGTERM ask to stop."""
+        """The step to continue from, 0 in a new run. Trained are the adapter and its average, "ema". files,
+        by content, and settings make the run what it is. From here on Ctrl-C and SIGTERM ask to stop."""
         self.model, self.adapter, self.optimizer = model, adapter, optimizer
         self.identity = run_identity(self.args, self.world, files) | settings
         start = self.resume()
@@ -1630,13 +1412,25 @@ class Run:
             flags = {name: str(value) for name, value in vars(self.args).items()}
             self.accelerator.init_trackers("flow-opd", flags, {"wandb": {"dir": self.out}})
         self.stop = StopSignal()
+        if start == 0:
+            self.save(0)  # from here on --resume auto continues
         return start
 
+    def interrupted(self):
+        """Whether this process was told to stop. Asks no other process, so it costs nothing."""
+        return self.stop.name is not None
+
     def stopping(self):
+        """Whether any process was told to stop, the same answer on all: all give up the rollout in hand."""
         return self.stop.arrived(self.device)
 
     def report(self, record):
-        """A line of log.jsonl, and of the tracker."""
+        """A line of log.jsonl, and of the tracker; numbers that are not finite are left out."""
+        record = {
+            key: value
+            for key, value in record.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         if self.args.track:
             numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
             self.accelerator.log(numbers, step=record["step"])
@@ -1644,20 +1438,28 @@ class Run:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
 
+    def count_skipped(self, norm, culprit):
+        """An update whose gradient is not finite was skipped (see descend), as happens in float16; three in a
+        row end the run. norm: the gradient's, the same on all processes; culprit: what is not finite."""
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped:
+            say(f"note: an update was skipped: {culprit} is not finite")
+        advice = "try another --dtype, a smaller --lr, or a smaller --micro-batch-size with --resume auto"
+        reason = f"{culprit} is not finite, three times in a row"
+        check(self.skipped < 3, f"{reason}; checkpoints in {self.out} are as they were: {advice}")
+
     def now(self):
         """What is trained, as it is now: a copy."""
-        weights = {}
-        for adapter in (self.adapter, "ema"):
-            parameters = self.model.weights(adapter).items()
-            weights[adapter] = {f"{module}.{kind}": p.detach().clone() for (module, kind), p in parameters}
+        names = (self.adapter, "ema")
+        weights = {name: [p.detach().clone() for p in self.model.adapters[name]] for name in names}
         return {"weights": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict())}
 
+    @torch.no_grad()
     def back_to(self, state):
         """What is trained, as it was at a now()."""
-        with torch.no_grad():
-            for adapter, tensors in state["weights"].items():
-                for (module, kind), p in self.model.weights(adapter).items():
-                    p.copy_(tensors[f"{module}.{kind}"])
+        for name, weights in state["weights"].items():
+            for p, saved in zip(self.model.adapters[name], weights, strict=True):
+                p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save(self, step):
@@ -1677,32 +1479,45 @@ class Run:
         for old in later + [saved for saved in steps if int(saved) <= step][: -self.args.keep]:
             shutil.rmtree(os.path.join(root, old), ignore_errors=True)  # someone may read it
 
-    def end(self):
+    def end(self, message):
+        if self.rank == 0:
+            print(message)
         end_processes(self.accelerator, self.stop.failure)
 
     def resume(self):
-        """Load the checkpoint of --resume; its step. One of another run is refused, and every difference is
-        spelled out; of the run's own checkpoints, one that cannot be read gives way to the one before it."""
+        """Load the checkpoint of --resume; its step. The first process decides which: of the run's own
+        checkpoints the last whole one. A checkpoint of another run is refused with every difference."""
         resume, folders = self.args.resume, [self.args.resume]
         if not resume:
             return 0
         if resume == "auto":
-            steps = reversed(saved_steps(self.out))
-            folders = [os.path.join(self.out, "checkpoints", step) for step in steps]
-            found = reduce_sum(torch.tensor(float(bool(folders)), device=self.device)).item()
-            if found == 0:
-                return 0
-            wrong = f"--out {self.out}: some machines find checkpoints there and some do not"
-            check(found == self.world, f"{wrong}; it must be a folder that all of them share")
-        folder, state = first_whole(folders, resume)
-        theirs, ours = state["identity"], self.identity
+            root = os.path.join(self.out, "checkpoints")
+            folders = [os.path.join(root, step) for step in reversed(saved_steps(self.out))]
+        chosen, found = -1, None
+        if self.rank == 0 and folders:
+            chosen, found = first_whole(folders, resume)
+        chosen = int(
+            reduce_sum(torch.tensor(float(chosen if self.rank == 0 else 0), device=self.device)).item()
+        )
+        if chosen < 0:
+            return 0
+        if self.rank != 0:
+            place = f"{self.out} must be a folder that all machines share"
+            check(chosen < len(folders), f"--resume {resume}: {place}")
+            _, found = first_whole(folders[chosen : chosen + 1], resume)
+        steps = torch.tensor(float(found["step"]), device=self.device)
+        same = reduce_sum(steps).item() == found["step"] * self.world
+        check(
+            same, f"--resume {resume}: the processes find different checkpoints; all machines must share them"
+        )
+        theirs, ours = found["identity"], self.identity
         changed = [name for name in sorted(ours.keys() | theirs.keys()) if theirs.get(name) != ours.get(name)]
         differences = "; ".join(f"{n} was {theirs.get(n)!r}, now {ours.get(n)!r}" for n in changed)
-        check(not changed, f"--resume {resume}: {folder} is of another run: {differences}")
+        check(not changed, f"--resume {resume}: {folders[chosen]} is of another run: {differences}")
         steps = self.args.steps
-        check(state["step"] <= steps, f"--steps {steps}: {folder} has made {state['step']} already")
-        self.back_to(state)
-        return state["step"]
+        check(found["step"] <= steps, f"--steps {steps}: {folders[chosen]} has made {found['step']} already")
+        self.back_to(found)
+        return found["step"]
 
     def open_log(self, start):
         """log.jsonl. A resumed run forgets what was logged after its checkpoint (whose validation is made
@@ -1723,7 +1538,7 @@ class Run:
 def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
     free = {"steps", "out", "resume", "overwrite", "track", "save_every", "keep", "compile"}
-    free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option"}
+    free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option", "compare"}
     free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
     free |= {"batch_size"}  # by its sum: fewer processes with more prompts each are the same run
@@ -1733,11 +1548,15 @@ def run_identity(args, processes, files):
 
 
 def first_whole(folders, resume):
-    """(folder, state) of the first checkpoint that can be read."""
-    for folder in folders:
+    """(its index, its state) of the first checkpoint that is whole."""
+    for index, folder in enumerate(folders):
+        file = os.path.join(folder, "state.pt")
         try:
-            file = os.path.join(folder, "state.pt")
-            return folder, torch.load(file, weights_only=True, map_location="cpu")
+            with zipfile.ZipFile(file) as archive:  # PyTorch reads it without looking at the checksums
+                broken = archive.testzip()
+            if broken is None:
+                return index, torch.load(file, weights_only=True, map_location="cpu")
+            problem = f"not a whole checkpoint ({broken} has changed on the disk)"
         except (FileNotFoundError, NotADirectoryError):
             problem = "no checkpoint there (state.pt is missing)"
         except Exception as error:
@@ -1749,53 +1568,53 @@ def first_whole(folders, resume):
 
 def saved_steps(out):
     """The checkpoints in a run's folder, their names in order."""
-    root = os.path.join(out, "checkpoints")
-    names = os.listdir(root) if os.path.isdir(root) else []
+    files = glob.glob(os.path.join(glob.escape(os.path.join(out, "checkpoints")), "*", "state.pt"))
+    names = [os.path.basename(os.path.dirname(file)) for file in files]
     return sorted(filter(str.isdecimal, names), key=int)
 
 
 def read_log(out):
-    """The rows of a run's log.jsonl; a last line that was cut off is none."""
-    file = pathlib.Path(out, "log.jsonl")
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a run's log.jsonl; a line that is no row of it (cut off, or changed) is skipped."""
+    file, rows = pathlib.Path(out, "log.jsonl"), []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
     """Make a folder this run's own for as long as it lives, before anything is computed: one that another
-    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is a run in
-    whose folder an older one left checkpoints or a LoRA, but to go on from the last of them. Returns where
-    `init` is to be read: a LoRA of the folder itself, in which the run will write, is kept beside."""
-    lora, kept = os.path.join(out, "lora"), os.path.join(out, "init")
-    path = pathlib.Path(os.path.realpath(init or "none"))
-    own = [pathlib.Path(os.path.realpath(folder)) for folder in (lora, os.path.join(out, "checkpoints"))]
-    inside = any(folder in (path, *path.parents) for folder in own)
+    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is one with the
+    checkpoints or the LoRA of an earlier run that this one does not continue."""
     check(not (resume and overwrite), "--overwrite and --resume: give one of them")
+    inside = init and os.path.realpath(init).startswith(os.path.realpath(out) + os.sep)
+    check(not inside, f"--init {init}: lies in --out {out}, which this run writes; give another --out")
     if accelerator is None or accelerator.is_main_process:
         lock_folder(out)
-        steps, goes_on = saved_steps(out), False
+        steps, continues = saved_steps(out), resume == "auto"
         if resume and steps:
             last = os.path.join(out, "checkpoints", steps[-1])
-            goes_on = resume == "auto" or os.path.realpath(resume) == os.path.realpath(last)
-        if steps and not goes_on and not overwrite:
-            ways = "--resume auto goes on from the last, --overwrite deletes what it made"
-            die(f"--out {out}: an earlier run left checkpoints there; {ways}, or give another --out")
-        if os.path.exists(lora) and not steps and not inside and not overwrite:
-            die(f"--out {out}: there is a LoRA already; --overwrite deletes it, or give another --out")
-        if inside and not goes_on:
-            check(os.path.exists(init), f"--init {init}: no such LoRA folder or file")
-            shutil.rmtree(kept + ".new", ignore_errors=True)
-            shutil.copytree(init if os.path.isdir(init) else os.path.dirname(init), kept + ".new")
-            replace_folder(kept + ".new", kept)
+            continues = continues or os.path.realpath(resume) == os.path.realpath(last)
+        made = "checkpoints" if steps else "a LoRA" if os.path.exists(os.path.join(out, "lora")) else None
+        if made and not overwrite and not continues:
+            ways = "--resume auto continues from the last, " if steps else ""
+            found = f"--out {out}: an earlier run left {made} there"
+            die(f"{found}; {ways}--overwrite deletes it, or give another --out")
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    return kept if inside else init
 
 
 def clear_folder(out):
     """Delete the LoRA and the checkpoints in a run's folder; links to their places stay."""
     for folder in ("lora", *(os.path.join("checkpoints", step) for step in saved_steps(out))):
         shutil.rmtree(os.path.realpath(os.path.join(out, folder)), ignore_errors=True)
+
+
+LOCKS = []  # of the folders this process writes, held until it ends
 
 
 def lock_folder(out):
@@ -1808,10 +1627,11 @@ def lock_folder(out):
         LOCKS[-1].acquire(timeout=0)
     except Timeout:
         die(f"--out {out}: another process is at work there; wait for it, or give another --out")
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:
+        no_locks = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if isinstance(error, OSError) and error.errno not in no_locks:
+            die(f"--out {out}: cannot be written ({error.strerror})")
         say(f"note: the file system of {out} has no locks, so see to it that no two runs write there")
-    except OSError as error:
-        die(f"--out {out}: cannot be written ({error.strerror})")
 
 
 # -- files -------------------------------------------------------------------------------------------------
@@ -1842,7 +1662,7 @@ def replace_folder(new, final):
 
 
 def read_json(file):
-    """The object in a JSON file; what is not one ends the program with the file's name."""
+    """The object in a JSON file."""
     try:
         text = pathlib.Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -1860,7 +1680,10 @@ def json_object(text, file):
 
 
 def fingerprint(path):
-    """What a path holds: of a hub id its revision, of a file or folder a hash; a word is itself."""
+    """What a path holds: of a hub id its revision, of a file or folder a hash; a word is itself. A LoRA file
+    counts with the adapter_config.json beside it."""
+    if path in CONTENTS:
+        return CONTENTS[path]
     found = path
     if not os.path.exists(path):
         named = HUB_PATH.fullmatch(path)
@@ -1871,32 +1694,25 @@ def fingerprint(path):
     if cached:  # of the hub, by name or by path
         repository, revision, inside = cached.groups()
         return f"{repository.replace('--', '/')}{inside}@{revision}"
-    files = [path]
+    files, beside = [path], os.path.join(os.path.dirname(path), "adapter_config.json")
     if os.path.isdir(path):
         inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
         files = sorted(filter(os.path.isfile, inside))
+    elif path.endswith(".safetensors") and os.path.exists(beside):
+        files.append(beside)
     hashes = "".join(f"{os.path.relpath(file, path)} {file_hash(file)}\n" for file in files)
     return hashlib.sha256(hashes.encode()).hexdigest()[:12]
 
 
 def file_hash(file):
-    """SHA-256 of a file. A large one's is remembered while its size and times of change are the same."""
-    stat, note = os.stat(file), None
-    if stat.st_size > 2**26:
-        key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "flow-opd")
-        note = os.path.join(cache, hashlib.sha256(key.encode()).hexdigest())
-        with contextlib.suppress(OSError), open(note) as f:
-            if remembered := f.read():  # empty while another process writes it
-                return remembered
-    digest = hashlib.sha256()
+    """SHA-256 of a file's size and content; of one above 64 MB, of 64 pieces of a MB, evenly spread."""
+    size, digest = os.path.getsize(file), hashlib.sha256()
+    digest.update(str(size).encode())
     with open(file, "rb") as f:
-        while part := f.read(2**24):
-            digest.update(part)
-    if note:
-        with contextlib.suppress(OSError):  # a home that cannot be written
-            os.makedirs(cache, exist_ok=True)
-            write(note, digest.hexdigest())
+        for piece in range(64):
+            if size > 2**26:
+                f.seek(piece * (size - 2**20) // 63)
+            digest.update(f.read(2**20))
     return digest.hexdigest()
 
 
@@ -1925,13 +1741,13 @@ def plot_curves(out):
         for key in keys:
             steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row])
             marker = "o" if len(steps) < 20 else None
-            axis.plot(steps, values, label=key.partition("/")[2] or None, marker=marker, markersize=3)
+            axis.plot(steps, values, label=key.partition("/")[2] or title, marker=marker, markersize=3)
         axis.set_title(title)
-        axis.set_xlabel("update")
+        axis.set_xlabel("rollouts")
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
-        if title.startswith("kl") and all(min(line.get_ydata()) > 0 for line in axis.lines):
+        if title.startswith(("kl", "distance")) and all(min(line.get_ydata()) > 0 for line in axis.lines):
             axis.set_yscale("log")
     figure.tight_layout()
     figure.savefig(os.path.join(out, "curves.png"), dpi=90)
@@ -1939,19 +1755,22 @@ def plot_curves(out):
 
 
 def draw_rows(run, rows, prompts):
-    """The pictures of a grid, {label: (N, 3, H, W)}, from rows {label: (adapter, guidance)}: the same N
-    prompts and noise in every row. The processes share the drawing. None if one was told to stop."""
-    args, jobs = run.args, [(i, *row) for row in rows.values() for i in range(len(prompts))]
+    """The pictures of a grid, {label: (N, 3, H, W)}. rows: {label: [(adapter, guidance) of each of the N
+    prompts]}; the same prompts and noise in every row. The processes share the drawing. None if one was told
+    to stop."""
+    args, jobs = run.args, [(who, i) for row in rows.values() for i, who in enumerate(row)]
     pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=run.device)
-    mine = list(range(run.rank, len(jobs), run.world))
-    for k in range(0, len(mine), args.eval_batch_size):
-        if run.stop.name:
-            break
-        part = mine[k : k + args.eval_batch_size]
-        numbers, adapters, guidances = zip(*(jobs[j] for j in part))
-        texts, gens = [prompts[i] for i in numbers], generators(args.seed, 1, numbers)
-        sampling = args.eval_num_steps, args.resolution, adapters, guidances
-        pictures[part] = run.model.generate(texts, gens, *sampling)
+    mine = range(run.rank, len(jobs), run.world)
+    for adapter, guidance in dict.fromkeys(jobs[j][0] for j in mine):
+        its = [j for j in mine if jobs[j][0] == (adapter, guidance)]
+        for start in range(0, len(its), args.eval_batch_size):
+            if run.interrupted():
+                break
+            batch = its[start : start + args.eval_batch_size]
+            numbers = [jobs[j][1] for j in batch]
+            texts, gens = [prompts[i] for i in numbers], generators(args.seed, 1, numbers)
+            drawn = run.model.generate(texts, gens, args.eval_num_steps, args.resolution, adapter, guidance)
+            pictures[batch] = drawn
     if run.stopping():
         return None
     return dict(zip(rows, reduce_sum(pictures).cpu().split(len(prompts))))
@@ -1959,32 +1778,33 @@ def draw_rows(run, rows, prompts):
 
 def save_grid(path, rows, captions):
     """A picture grid: rows {label: N pictures (3, H, W)}, the same N captions over every column."""
-    from PIL import Image, ImageDraw, ImageFont
+    import matplotlib
 
-    font = ImageFont.load_default(11)
-    side = max(96, next(iter(rows.values()))[0].shape[-1])
-    left, top, gap, n = 104, 44, 4, len(captions)
-    canvas = Image.new("RGB", (left + n * (side + gap), top + len(rows) * (side + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, caption in enumerate(captions):
-        lines = [""]
-        for word in caption.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if pen.textlength(longer, font) <= side:
-                lines[-1] = longer
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    n, side = len(captions), min(2.56, max(1.0, next(iter(rows.values()))[0].shape[-1] / 100))  # inches
+    size = 1.1 + n * side, 0.5 + len(rows) * side
+    figure, axes = plt.subplots(
+        len(rows), n, figsize=size, squeeze=False, gridspec_kw=dict(wspace=0.04, hspace=0.04)
+    )
+    figure.subplots_adjust(
+        left=1.05 / size[0], right=1 - 0.02 / size[0], bottom=0.02 / size[1], top=1 - 0.46 / size[1]
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, caption in zip(axes[0], captions):
+        lines = textwrap.wrap(caption, int(17 * side))[:3]
+        axis.set_title("\n".join(lines), fontsize=7, pad=3)
+    for line, (label, images) in zip(axes, rows.items()):
+        line[0].set_ylabel(
+            textwrap.fill(label, 16), fontsize=8, rotation=0, ha="right", va="center", labelpad=6
+        )
+        for axis, image in zip(line, images):
+            if image.isfinite().all():
+                axis.imshow(image.movedim(0, -1).cpu().numpy(), interpolation="nearest")
             else:
-                lines.append(word)
-        text = "\n".join(lines[:3])
-        pen.multiline_text((left + i * (side + gap), 2), text, fill="black", font=font, spacing=1)
-    for r, (label, images) in enumerate(rows.items()):
-        y = top + r * (side + gap)
-        pen.text((4, y + side // 2 - 6), label, fill="black", font=font)
-        for i, image in enumerate(images):
-            corner = (left + i * (side + gap), y)
-            if not image.isfinite().all():
-                pen.text(corner, "not finite", fill="black", font=font)
-                continue
-            pixels = (image.movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
-            resample = Image.Resampling.NEAREST if side > pixels.shape[0] else Image.Resampling.LANCZOS
-            canvas.paste(Image.fromarray(pixels).resize((side, side), resample), corner)
-    canvas.save(path)
+                axis.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -27,56 +27,21 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from flow_sde import (
-    MORE_FINITE,
-    Run,
-    centred_log_ratio,
-    check,
-    clipped_surrogate,
-    descend,
-    die,
-    draw_rows,
-    generators,
-    kl,
-    learnt,
-    load_model,
-    load_prompts,
-    log_prob,
-    parse_args,
-    parse_specs,
-    pick_prompts,
-    plot_curves,
-    randn,
-    reduce_sum,
-    refuse_given,
-    rollout,
-    save_grid,
-    save_lora,
-    saved_steps,
-    say,
-    take_rows,
-    to_device,
-    transition,
-    update_average,
-    what_fits,
-    write_json,
-)
-from rewards import (
-    RewardError,
-    Scorer,
-    check_rewards,
-    evaluate,
-    markdown,
-    parse_rewards,
-    rewards_of,
-    weighted_sum,
-)
+# isort: off
+from flow_sde import clipped_surrogate, generators, kl, kl_weight, log_prob, randn, rollout
+from flow_sde import training_sigmas, transition, update_average
+from flow_sde import by_task, load_model, save_lora, take_rows, to_device
+from flow_sde import TOY_DIR, Run, check, descend, draw_rows, listing, load_prompts, parse_args, parse_specs
+from flow_sde import pick_prompts, plot_curves, reduce_sum, refuse_given, save_grid, write_json
+from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards
+from rewards import rewards_of, weighted_sum
+# isort: on
 
 TOY = dict(
-    model="toy/base",
+    model=f"{TOY_DIR}/base",
     reward=["toy.compose"],
-    prompts=["compose=toy/prompts/compose_train.txt"],
-    eval_prompts=["compose=toy/prompts/compose_val.txt"],
+    prompts=[f"compose={TOY_DIR}/prompts/compose_train.txt"],
+    eval_prompts=[f"compose={TOY_DIR}/prompts/compose_val.txt"],
     resolution=32,
     guidance=1.0,
     dtype="float32",
@@ -99,14 +64,14 @@ TOY = dict(
     eval_every=10,
 )
 
-# -- flags (what speaks for a default: experiments/README.md) ------------------------------------------------
+# -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__)
 switch = argparse.BooleanOptionalAction
 add = parser.add_argument_group("what").add_argument
-add("--model", help="diffusers folder or hub id of the base; leave it out for the toy and its settings")
+add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
 add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one, or a mix (python rewards.py lists them)")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
-add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="to train on (.txt .jsonl .json .csv .tsv)")
+add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="to train on (.txt or .jsonl)")
 add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="to validate on: the best LoRA there is kept")
 add("--teachers", nargs="+", metavar="TASK=LORA", help="--beta's KL is to these, not to the base")
 add("--init", help="LoRA to start from (default: an untrained one)")
@@ -123,7 +88,7 @@ add = parser.add_argument_group("learning").add_argument
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every rollout, or in turn")
 add("--batch-size", type=int, default=6, help="prompts per process and rollout")
 add("--group-size", type=int, default=24, help="pictures per prompt (Flow-GRPO: 24)")
-add("--micro-batch-size", type=int, help="samples per forward, for speed alone (default: what fits, to 16)")
+add("--micro-batch-size", type=int, default=8, help="samples per forward: memory and speed only")
 add("--steps", type=int, default=1000, help="rollouts")
 add("--lr", type=float, default=3e-4, help="AdamW learning rate (paper: 3e-4, 1e-4 for mixes)")
 add("--clip-range", type=float, default=1e-4, help="of the probability ratio (paper: 1e-4)")
@@ -137,7 +102,7 @@ add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
-add("--offload-text-encoders", action="store_true", help="on the CPU except while they encode")
+add("--offload-text-encoders", action="store_true", help="in CPU memory except while they encode")
 add("--gradient-checkpointing", action="store_true", help="the same gradients, less memory, more time")
 add("--compile", action="store_true", help="torch.compile: slow at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
@@ -146,7 +111,7 @@ add("--eval-num-steps", type=int, default=40, help="sampling steps of a validati
 add("--eval-batch-size", type=int, default=8, help="pictures per forward of a validation")
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
-add("--resume", metavar="auto|DIR", help="go on from the last checkpoint in --out, or from DIR")
+add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
@@ -157,41 +122,30 @@ rewards = parse_rewards(args.reward, args.reward_option)
 prompt_files = parse_specs("--prompts", args.prompts, weight=1.0)
 eval_files = parse_specs("--eval-prompts", args.eval_prompts)
 teachers = parse_specs("--teachers", args.teachers)
-for task in teachers:
-    check(task in prompt_files, f"--teachers {task}: not a task of --prompts ({', '.join(prompt_files)})")
-for task in eval_files:
-    check(task in prompt_files, f"--eval-prompts {task}: not a task of --prompts ({', '.join(prompt_files)})")
+for flag, tasks in {"--teachers": teachers, "--eval-prompts": eval_files}.items():
+    strange = tasks.keys() - prompt_files.keys()
+    check(not strange, f"{flag} {listing(strange)}: no such task in --prompts ({', '.join(prompt_files)})")
 for task in prompt_files:
     has_reward = rewards_of(task, rewards, prompt_files)
     check(has_reward, f"--prompts {task}: no reward scores this task; --reward has {', '.join(rewards)}")
-samples = args.batch_size * args.group_size  # of a rollout here
 check(args.group_size >= 2, f"--group-size {args.group_size}: must be at least 2")
-even = samples % args.updates_per_rollout == 0
-check(even, "--updates-per-rollout: must divide --batch-size x --group-size, the pictures of a rollout")
 half = args.num_steps // 2
-in_half = 0 <= args.sde_window <= half
-check(in_half, f"--sde-window {args.sde_window}: must lie in 0..{half}, half of --num-steps")
-check(args.num_steps >= 2, f"--num-steps {args.num_steps}: must be at least 2; the last may not be learnt")
-check(args.noise_level > 0, "--noise-level 0: must be positive; without noise there is nothing to reinforce")
-if args.schedule == "alternate":
-    whole = all(file["weight"] % 1 == 0 for file in prompt_files.values())
-    check(whole, "--schedule alternate: weights of --prompts are numbers of rollouts, so they must be whole")
+check(args.sde_window <= half, f"--sde-window {args.sde_window}: at most {half}, half of --num-steps")
 if args.init:
     refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
 prompts = {task: load_prompts(task, file["value"]) for task, file in prompt_files.items()}
 eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
-shares = {task: file["weight"] for task, file in prompt_files.items()}
+shares = {task: file["weight"] for task, file in prompt_files.items()}  # of the prompts
 
 # -- devices and models: one frozen base, the teacher an adapter on it ---------------------------------------
 run = Run(args)
 rank, world, device = run.rank, run.world, run.device
 model = load_model(args, device)
 shape = model.latent_shape(args.resolution)
-model.note_long(row["prompt"] for rows in (*prompts.values(), *eval_prompts.values()) for row in rows)
 check_rewards(rewards, prompts, args.resolution, device)
 check_rewards(rewards, eval_prompts, args.resolution, device, prompts)
-if run.init:
-    model.load_adapter("teacher", run.init)
+if args.init:
+    model.load_adapter("teacher", args.init)
 else:
     model.new_adapter("teacher", args.rank, args.alpha, args.seed)
 model.copy_adapter("teacher", "ema")
@@ -206,18 +160,12 @@ if args.compile:
 
 # The schedule: all steps are sampled, those learnt that have noise.
 sigmas = model.sigmas(args.num_steps, args.resolution)
-learnt_count = len(learnt(sigmas)) - 1
+learnt_count = len(training_sigmas(sigmas)) - 1
 gaussian = partial(transition, noise_level=args.noise_level, sde=args.sde)  # (x, v, t, t_next) -> mean, std
-if learnt_count == args.num_steps and args.sde == "flow" and not args.sde_window:
-    say(
-        f"note: noise of the last step, from t = {sigmas[-2]:.2f}, is left in the pictures that are scored; "
-        "--sde cps and --sde-window leave none"
-    )
-dimensions = math.prod(shape)  # of a latent
-micro = args.micro_batch_size or what_fits(model, samples, shape, args.guidance)  # samples per forward
+samples, dimensions = args.batch_size * args.group_size, math.prod(shape)  # of a rollout here; of a latent
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
-files, settings = {"base": args.model, "init": run.init}, {"eval_num_steps": args.eval_num_steps}
+files, settings = {"base": args.model, "init": args.init}, {"eval_num_steps": args.eval_num_steps}
 for task, file in prompt_files.items():
     files[f"prompts {task}"], settings[f"prompts {task}'s weight"] = file["value"], file["weight"]
 for task, file in eval_files.items():
@@ -232,7 +180,7 @@ if rank == 0:
     on = ", ".join(f"{task} ({len(rows)} prompts)" for task, rows in prompts.items())
     print(
         f"teacher: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {samples * world} pictures a "
-        f"rollout, {min(micro, samples)} at once, {' + '.join(rewards)} on {on}"
+        f"rollout, {' + '.join(rewards)} on {on}"
     )
 
 
@@ -250,14 +198,26 @@ def advantages(rewards, tasks):
     return ((rewards - rewards.nanmean(1, keepdim=True)) / (spread + 1e-4)).clamp(-5, 5)
 
 
+@torch.no_grad()
+def reference_velocity(x, t, cond, tasks):
+    """The velocity that the KL is to, of the base or of each task's teacher."""
+    answers = []
+    for task, rows in by_task(tasks):
+        answers.append(model.velocity(x[rows], t, take_rows(cond, rows), reference[task], args.guidance))
+    return torch.cat(answers)
+
+
 def log_ratio_of(s, rows, mean, std):
-    """log pi(a|s) - log pi_old(a|s) of a step's rows: (B,). With --ratio-norm centred, and over the step's
-    scale, so that one clip range fits all steps."""
+    """log pi(a|s) - log pi_old(a|s) of a step's rows: (B,).
+
+    On what the old policy draws it has a negative mean, the more the policy has drifted, so the clip range
+    would cut one side only. --ratio-norm (GRPO-Guard, arXiv 2510.22319) leaves that mean out, which makes it
+    (x_next - mean_old)(mean - mean_old) / std^2, and divides by the step's scale: one clip range fits all."""
     if not args.ratio_norm:
         return log_prob(s.x_next[rows], mean, std) - s.log_prob[rows]
     mean_old, _ = gaussian(s.x[rows], s.v[rows], s.t, s.t_next)
-    shift, _ = gaussian(0.0, 1.0, s.t, s.t_next)  # of the mean, by a velocity of 1
-    return centred_log_ratio(s.x_next[rows], mean, mean_old, std) / (abs(shift) / std)
+    centred = ((s.x_next[rows] - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
+    return centred / math.sqrt(2 * kl_weight(s.t, s.t_next, args.noise_level, args.sde))
 
 
 def validate(adapter, label, step):
@@ -271,56 +231,65 @@ def validate(adapter, label, step):
     return {"model": label, "step": step, "score": score} | row
 
 
+def keep_best(best, step):
+    """Validate the average after `step` rollouts. The best so far (without validation, the latest) is kept as
+    OUT/lora; returns its row of results.json."""
+    row = {"model": "teacher", "step": step}
+    if eval_prompts:
+        row = validate("ema", "teacher", step)
+        if row is None:
+            return best
+        run.report({"step": step, **{f"validation/{name}": value for name, value in row["scores"].items()}})
+        if best and row["score"] <= best["score"]:
+            return best
+    if rank == 0:
+        save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+        write_json(results_file, [base_row, row] if eval_prompts else [])
+    return row
+
+
 def draw_grid():
     """samples.png: the same prompts and noise for the base and the teacher."""
     columns = max(2, 8 // len(prompts))  # of a task
     texts = [row["prompt"] for rows in (eval_prompts or prompts).values() for row in rows[:columns]]
-    drawn = draw_rows(run, {"base": ("base", args.guidance), "teacher": ("ema", args.guidance)}, texts)
+    rows = {
+        name: [(adapter, args.guidance)] * len(texts)
+        for name, adapter in (("base", "base"), ("teacher", "ema"))
+    }
+    drawn = draw_rows(run, rows, texts)
     if drawn and rank == 0:
         save_grid(os.path.join(args.out, "samples.png"), drawn, texts)
 
 
-# -- the loop ------------------------------------------------------------------------------------------------
-stopping, results = False, []  # the base, and the best teacher so far
+def is_due(step):
+    """Whether the teacher is validated after `step` rollouts."""
+    return step > 0 and (step % args.eval_every == 0 or step == args.steps)
+
+
+base_row = best = None  # rows of results.json
 results_file = pathlib.Path(args.out, "results.json")
 if first_step and results_file.exists():
-    results = [row for row in json.loads(results_file.read_text()) if row["step"] <= first_step]
-if eval_prompts and not results:
-    results = [validate("base", "base", 0)]
-    stopping = results == [None]
-    if rank == 0 and not stopping:
-        write_json(results_file, results)
-progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
-for step in range(first_step, args.steps + 1):
-    # validate what `step` rollouts have made, keep the best: first of all, so that a resumed run does it too
-    if not stopping and step > 0 and (step % args.eval_every == 0 or step == args.steps):
-        best = True  # without validation the latest average is the teacher
-        if eval_prompts:
-            row = validate("ema", "teacher", step)
-            stopping = row is None
-            if stopping:
-                break
-            best = len(results) < 2 or row["score"] > results[1]["score"]
-            if best:
-                results[1:] = [row]
-            run.report({"step": step, **{f"validation/{n}": value for n, value in row["scores"].items()}})
-        if rank == 0:
-            if best:
-                if not saved_steps(args.out):  # a run can be gone on from as soon as it has a LoRA
-                    run.save(step)
-                save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
-                write_json(results_file, results)
-            plot_curves(args.out)
-        draw_grid()
-    if stopping or step == args.steps:
-        break
-    began = time.time()
+    for row in json.loads(results_file.read_text()):
+        if row["step"] == 0:
+            base_row = row
+        elif row["step"] <= first_step:
+            best = row
+if eval_prompts and base_row is None:
+    base_row = validate("base", "base", 0)
+if is_due(first_step):  # a run that was stopped there
+    best = keep_best(best, first_step)
 
-    # pick: groups of pictures, one group a prompt
+# -- the loop ------------------------------------------------------------------------------------------------
+progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
+for step in range(first_step, args.steps):
+    began = time.perf_counter()
+
+    # pick: groups of pictures, one group a prompt. Processes take turns, so each has its part of every task
     picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
-    mine = picked[rank * args.batch_size : (rank + 1) * args.batch_size]
+    mine = picked[rank::world]
     batch = [pair for pair in mine for _ in range(args.group_size)]
-    gens = generators(args.seed, step, range(rank * samples, (rank + 1) * samples))
+    numbers = torch.arange(len(picked) * args.group_size).view(-1, args.group_size)  # of all pictures
+    gens = generators(args.seed, step, numbers[rank::world].flatten().tolist())
     conds = model.encode([row["prompt"] for _, row in mine])
     first_noise = randn(gens, shape, device)
     if args.same_noise:
@@ -334,37 +303,33 @@ for step in range(first_step, args.steps + 1):
 
     # act: each trajectory a chain of Gaussian transitions; pictures are scored while the next are sampled
     memory, scorer = [], Scorer(rewards, prompts, run.stop)
-    for i in range(0, samples, micro):
-        if run.stop.name:  # Ctrl-C or SIGTERM
-            break
-        part = batch[i : i + micro]
-        cond = take_rows(conds, [j // args.group_size for j in range(i, i + len(part))])
-        draw = partial(randn, gens[i : i + micro], shape, device)
-        teacher = partial(model.velocity, cond=cond, adapter="teacher", guidance=args.guidance)
-        with torch.no_grad():
-            steps = list(rollout(teacher, first_noise[i : i + micro], sigmas, noise_levels, args.sde, draw))
-        memory.append([s for s in steps[:learnt_count] if s.log_prob is not None])
-        try:
-            scorer.submit(model.decode(steps[-1].x_next), part)
-        except RewardError as error:
-            run.stop.fail(f"--reward {error}")
     try:
+        for i in range(0, samples, args.micro_batch_size):
+            if run.interrupted():
+                break
+            part = slice(i, i + args.micro_batch_size)
+            cond = take_rows(conds, [j // args.group_size for j in range(samples)[part]])
+            draw = partial(randn, gens[part], shape, device)
+            teacher = partial(model.velocity, cond=cond, adapter="teacher", guidance=args.guidance)
+            with torch.no_grad():
+                steps = list(rollout(teacher, first_noise[part], sigmas, noise_levels, args.sde, draw))
+            memory.append([s for s in steps[:learnt_count] if s.log_prob is not None])
+            scorer.submit(model.decode(steps[-1].x_next), batch[part])
         scores = scorer.collect()
     except RewardError as error:
         run.stop.fail(f"--reward {error}")
-    stopping = run.stopping()  # any process was told to leave: all give up the rollout in hand
-    if stopping:
+    if run.stopping():  # all processes give up the rollout in hand; --resume auto makes it again
+        run.save(step)
         break
 
     # judge: how much better than its group. Groups that tie and pictures without a score are left out
-    scores = {name: run.accelerator.gather(values.to(device)).cpu() for name, values in scores.items()}
-    pairs = [pair for pair in picked for _ in range(args.group_size)]
-    reward = weighted_sum(scores, rewards, pairs, prompts)  # (pictures of all processes,)
-    groups = reward.view(-1, args.group_size)
-    advantage = advantages(groups, [task for task, _ in picked]).flatten()
-    advantage = advantage[rank * samples : (rank + 1) * samples].to(device)  # (B,)
+    reward = weighted_sum(scores, rewards, batch, prompts)  # (pictures here,)
+    groups = run.accelerator.gather(reward.to(device)).cpu().view(world, -1, args.group_size)
+    groups = groups.transpose(0, 1).flatten(0, 1)  # (prompts of all processes, group size)
+    advantage = advantages(groups, [task for task, _ in picked])
     tied = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1) < 1e-6
-    telling = (~tied).repeat_interleave(args.group_size) & ~reward.isnan()  # (pictures of all processes,)
+    telling = ~tied[:, None] & ~groups.isnan()
+    advantage = advantage[rank::world].flatten().to(device)  # (pictures here,)
 
     # learn: the clipped surrogate and the KL to the base, or to the task's teacher, at every learnt step
     trajectory = []
@@ -376,71 +341,71 @@ for step in range(first_step, args.steps + 1):
     terms, norms = 0, []
     before = run.now()
     for k in range(args.updates_per_rollout):
-        # Every update sees pictures of every group
-        chosen = torch.arange(k, samples, args.updates_per_rollout)
-        chosen = chosen[telling[rank * samples + chosen]]
-        count = telling[k :: args.updates_per_rollout].sum().item() * len(trajectory)  # pictures x steps
+        share = telling & (numbers % args.updates_per_rollout == k)  # every update sees every group
+        count = share.sum().item() * len(trajectory)  # pictures x steps
         if count == 0:
             continue
-        for i in range(0, len(chosen), micro):
-            if run.stop.name:
+        for chosen in share[rank::world].flatten().nonzero().flatten().split(args.micro_batch_size):
+            if run.interrupted():
                 break
-            rows = to_device(chosen[i : i + micro], device)
-            groups_of = (chosen[i : i + micro] // args.group_size).tolist()
-            cond = take_rows(conds, groups_of)
-            others = [reference[mine[group][0]] for group in groups_of]
+            rows, groups_of = to_device(chosen, device), (chosen // args.group_size).tolist()
+            cond, tasks = take_rows(conds, groups_of), [mine[group][0] for group in groups_of]
             for s in trajectory:
-                with torch.no_grad():
-                    v_other = model.velocity(s.x[rows], s.t, cond, others, args.guidance)
-                v = model.velocity(s.x[rows], s.t, cond, "teacher", args.guidance)
-                mean, std = gaussian(s.x[rows], v, s.t, s.t_next)
-                mean_other, _ = gaussian(s.x[rows], v_other, s.t, s.t_next)
-                log_ratio, to_other = log_ratio_of(s, rows, mean, std), kl(mean, mean_other, std)  # (B,)
-                loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range) + args.beta * to_other
+                x = s.x[rows]
+                v = model.velocity(x, s.t, cond, "teacher", args.guidance)
+                mean, std = gaussian(x, v, s.t, s.t_next)
+                log_ratio = log_ratio_of(s, rows, mean, std)  # (B,)
+                loss = clipped_surrogate(log_ratio, advantage[rows], args.clip_range)
+                if args.beta:
+                    mean_other, _ = gaussian(x, reference_velocity(x, s.t, cond, tasks), s.t, s.t_next)
+                    to_other = kl(mean, mean_other, std)  # (B,)
+                    loss = loss + args.beta * to_other
+                    kl_sum += to_other.detach().sum()
                 (loss.sum() * dimensions).backward()
-                kl_sum += to_other.detach().sum()
                 clipped += (log_ratio.detach().abs() > args.clip_range).sum()
-        stopping = run.stopping()
-        if stopping:
+        if run.stopping():
             run.back_to(before)
             break
         # update: clip, AdamW, moving average
         norms.append(descend(optimizer, params, count * dimensions))
-        if not math.isfinite(norms[-1]):
-            die(
-                f"step {step + 1}: the gradient on {', '.join(prompts)} is not finite; checkpoints in "
-                f"{args.out} are as they were: {MORE_FINITE}"
-            )
+        run.count_skipped(norms[-1], f"the gradient on {', '.join(prompts)}")
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
         terms += count
-    if stopping:
+    if run.stopping():
+        run.save(step)
         break
 
     # report
     record = {"step": step + 1}
     for name, values in scores.items():
-        if not values.isnan().all():
-            record[f"reward/{name}"] = values.nanmean().item()
-    kl_name = "kl_to_teachers" if teachers else "kl_to_base"
-    record[kl_name] = reduce_sum(kl_sum).item() / max(terms, 1)
+        count, total = reduce_sum(
+            torch.tensor([(~values.isnan()).sum(), values.nansum()], device=device)
+        ).tolist()
+        if count:
+            record[f"reward/{name}"] = total / count
+    if args.beta:
+        record["kl_to_teachers" if teachers else "kl_to_base"] = reduce_sum(kl_sum).item() / max(terms, 1)
     record["clip_fraction"] = reduce_sum(clipped).item() / max(terms, 1)
     record |= {"tied_groups": tied.float().mean().item(), "grad_norm": max(norms, default=0.0)}
-    run.report(record | {"seconds": time.time() - began})
+    run.report(record | {"seconds": time.perf_counter() - began})
     progress.update()
-    kl_now, clip_now = f"{record[kl_name]:.1e}", f"{record['clip_fraction']:.2f}"
-    progress.set_postfix(reward=f"{reward.nanmean():.3f}", kl=kl_now, clip=clip_now)
+    progress.set_postfix(reward=f"{groups.nanmean():.3f}", clip=f"{record['clip_fraction']:.2f}")
     if step + 1 == args.steps or (step + 1) % args.save_every == 0:
         run.save(step + 1)
-
-# -- what came of it -----------------------------------------------------------------------------------------
+    if is_due(step + 1):
+        best = keep_best(best, step + 1)
+        if rank == 0:
+            plot_curves(args.out)
+        draw_grid()
+        if run.stopping():  # told during the validation, which a resumed run makes again
+            run.save(step + 1)
+            break
 progress.close()
-if rank == 0:
-    if stopping and step > 0:
-        run.save(step)
-    if results and not stopping:
-        print(markdown(results))
-    if stopping:
-        print(f"stopped (--resume auto goes on): {args.out}/checkpoints")
-    else:
-        print(f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")
-run.end()
+
+# -- the end -------------------------------------------------------------------------------------------------
+if run.stopping():
+    run.end(f"stopped (--resume auto continues): {args.out}/checkpoints")
+else:
+    if best and eval_prompts and rank == 0:
+        print(markdown([base_row, best]))
+    run.end(f"done: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")

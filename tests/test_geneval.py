@@ -12,7 +12,8 @@ from conftest import run, small_clip
 from PIL import Image
 
 import rewards
-from rewards import Object
+from scorers import geneval, preference
+from scorers.geneval import Object
 
 
 def thing(x, y, size=10, score=0.95):
@@ -108,9 +109,9 @@ def test_verdicts(row, objects, shown, correct, credit, why):
     def colors(group, name):
         return shown[name][: len(group)]
 
-    found = rewards.confident(objects, row.get("tag", "single_object"))
-    assert rewards.geneval_correct(found, colors, row) == (correct, why)
-    assert rewards.geneval_credit(found, colors, row) == pytest.approx(credit)
+    found = geneval.confident(objects, row.get("tag", "single_object"))
+    assert geneval.geneval_correct(found, colors, row) == (correct, why)
+    assert geneval.geneval_credit(found, colors, row) == pytest.approx(credit)
 
 
 SEEN = [("single_object", 0.3, 0), ("single_object", 0.3001, 1), ("colors", 0.31, 1), ("position", 0.9, 1)]
@@ -119,12 +120,12 @@ SEEN += [("counting", 0.9, 0), ("counting", 0.9001, 1)]
 
 @pytest.mark.parametrize("tag, score, count", SEEN)
 def test_thresholds(tag, score, count):
-    assert len(rewards.confident({"dog": [thing(5, 5, score=score)]}, tag).get("dog", [])) == count
+    assert len(geneval.confident({"dog": [thing(5, 5, score=score)]}, tag).get("dog", [])) == count
 
 
 def test_most_certain_sixteen():
     scores = np.random.default_rng(0).permutation(np.linspace(0.4, 0.9, 20))
-    kept = rewards.confident({"dog": [thing(5, 5, score=s) for s in scores]}, "two_object")["dog"]
+    kept = geneval.confident({"dog": [thing(5, 5, score=s) for s in scores]}, "two_object")["dog"]
     assert [o.score for o in kept] == sorted(scores, reverse=True)[:16]
 
 
@@ -148,7 +149,7 @@ OFFSETS = [
 
 @pytest.mark.parametrize("dx, dy, names", OFFSETS)
 def test_relations(dx, dy, names):
-    assert rewards.relations(thing(50 + dx, 50 + dy).box, thing(50, 50).box) == names
+    assert geneval.relations(thing(50 + dx, 50 + dy).box, thing(50, 50).box) == names
 
 
 NOT_THINGS = [
@@ -192,8 +193,8 @@ def test_boxes_and_scores_are_mmdetections(monkeypatch):
             classes[0, 2, [cat, nothing]] = torch.tensor([0.0, 1])
             return types.SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
 
-    monkeypatch.setattr(rewards, "load_detector", lambda name, device: Network())
-    [found] = rewards.detect(torch.rand(1, 3, 120, 200, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(geneval, "load_detector", lambda name, device: Network())
+    [found] = geneval.detect(torch.rand(1, 3, 120, 200, generator=torch.Generator().manual_seed(0)))
     assert list(found) == ["dog"] and len(found["dog"]) == 2
     first, second = found["dog"]
     x1, y1, x2, y2 = (
@@ -237,7 +238,7 @@ def test_detections_without_any_shortcut(models, images):
     network = Mask2FormerForUniversalSegmentation.from_pretrained(models["detector"]).eval()
     mean, std = (torch.tensor(n).view(3, 1, 1) for n in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     total = 0
-    for image, objects in zip(images, rewards.detect(images, models["detector"])):
+    for image, objects in zip(images, geneval.detect(images, models["detector"])):
         x = (F.interpolate(image[None], (800, 800), mode="bilinear", align_corners=False) - mean) / std
         with torch.no_grad():
             out = network(pixel_values=x)
@@ -248,7 +249,7 @@ def test_detections_without_any_shortcut(models, images):
             inside = mask[mask > 0]
             if not len(inside):
                 continue
-            for name, p in zip(rewards.OBJECTS, (logits.softmax(-1) * inside.sigmoid().mean()).tolist()):
+            for name, p in zip(geneval.OBJECTS, (logits.softmax(-1) * inside.sigmoid().mean()).tolist()):
                 if p > 0.3:
                     rows, columns = (mask > 0).nonzero().T.tolist()
                     box = min(columns), min(rows), max(columns) + 1, max(rows) + 1
@@ -266,25 +267,25 @@ def test_colors_and_scores_end_to_end(models, images):
     """The colour of the first thing that is seen, against CLIP's own parts; then both scores."""
     from transformers import CLIPModel
 
-    found = rewards.detect(images, models["detector"])
+    found = geneval.detect(images, models["detector"])
     name, group = next(iter(found[0].items()))
     picture = rewards.pil(images)[0]
-    colors = rewards.object_colors(picture, group, name, models["clip"], torch.device("cpu"))
+    colors = geneval.object_colors(picture, group, name, models["clip"], torch.device("cpu"))
     pixels = np.array(picture)
     pixels[~group[0].mask] = 0x99
     crop = Image.fromarray(pixels).crop(group[0].box)
     clip = CLIPModel.from_pretrained(models["clip"])
-    _, tokenizer = rewards.load_clip(models["clip"], models["clip"], torch.device("cpu"))
+    _, tokenizer = preference.load_clip(models["clip"], models["clip"], torch.device("cpu"))
     cosines = []
     with torch.no_grad():
-        seen = clip.visual_projection(clip.vision_model(rewards.resized([crop], 28)).pooler_output)[0]
-        for color in rewards.COLORS:
+        seen = clip.visual_projection(clip.vision_model(preference.resized([crop], 28)).pooler_output)[0]
+        for color in geneval.COLORS:
             phrases = f"{color} {name}", f"{color}-colored {name}", f"{color} object"
             texts = [f"a photo of a {phrase}" for phrase in phrases]
             read = clip.text_model(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
             words = F.normalize(clip.text_projection(read), dim=-1).mean(0)
             cosines.append(F.cosine_similarity(seen, words, dim=0).item())
-    assert colors[0] == rewards.COLORS[np.argmax(cosines)] and len(colors) == len(group)
+    assert colors[0] == geneval.COLORS[np.argmax(cosines)] and len(colors) == len(group)
     options = [f"{r}.{k}={v}" for r in ("geneval", "geneval_strict") for k, v in models.items()]
     chosen = rewards.parse_rewards(["geneval", "geneval_strict"], options)
     first = {"prompt": "p", "tag": "colors", "include": [wanted(name, len(group), color=colors[0])]}
@@ -305,12 +306,12 @@ def test_a_missing_color_model_shows_before_the_work(models):
 
 
 def test_one_detection_for_both_scores(models, monkeypatch):
-    calls, detect = [], rewards.detect
-    monkeypatch.setattr(rewards, "detect", lambda *a: calls.append(1) or detect(*a))
+    calls, detect = [], geneval.detect
+    monkeypatch.setattr(geneval, "detect", lambda *a: calls.append(1) or detect(*a))
     images = torch.rand(1, 3, 32, 32)
     for other in (images, images, images.flip(0, 1), images):
-        rewards.geneval(other, ["p"], [ROW], **models)
-        rewards.geneval_strict(other, ["p"], [ROW], **models)
+        geneval.geneval(other, ["p"], [ROW], **models)
+        geneval.geneval_strict(other, ["p"], [ROW], **models)
     assert len(calls) == 3
 
 

@@ -1,18 +1,21 @@
 """Pictures, and the rewards on pictures and numbers whose score is known."""
 
+import gc
 import importlib
 import itertools
 import os
 import random
+import re
 import struct
 import sys
+import weakref
 import zlib
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, finish, refused, run
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import rewards
@@ -202,8 +205,7 @@ def test_text_score_at_every_edge(read, prompt, score):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    rewards.load_ocr.cache_clear()
-    rewards.letters.cache_clear()
+    rewards.release_models()
     with pytest.raises(SystemExit, match="--reward ocr: pip install rapidocr$"):
         rewards.check_rewards(rewards.parse_rewards(["ocr"]), {"signs": [{"prompt": 'a "word"'}]}, 64)
 
@@ -370,8 +372,29 @@ def test_the_list_has_ones_own_rewards(mine, capsys):
     assert f"\n{name}.smile\n    How many people smile; in [0, 1].\n" in said
     assert not any(word in said for word in ("helper", "unlike", "served"))
     assert "\nocr\n    Text rendering." in said and "\ntoy.quality\n    Contrast" in said
-    ours = "jpeg ocr pickscore clipscore aesthetic hpsv2 imagereward blipvqa geneval geneval_strict"
-    assert list(rewards.REWARDS) == f"{ours} deqa qwenvl unifiedreward".split()
+    ours = "jpeg ocr geneval geneval_strict deqa qwenvl unifiedreward pickscore clipscore aesthetic hpsv2"
+    names = re.findall(r"^[\w.]+$", said, re.M)
+    assert names[:13] == f"{ours} imagereward blipvqa".split() and len(set(names)) == len(names)
+    assert all("." in other for other in names[13:])
+
+
+def test_short_names_load_their_own_module_alone():
+    """What lists or asks for jpeg needs neither scorers/ nor transformers' models."""
+    code = "import sys, rewards; rewards.main([]); rewards.parse_rewards(['jpeg', 'pickscore'])\n"
+    code += "print([m for m in sys.modules if m.startswith('scorers.')])"
+    done = finish([sys.executable, "-c", code])
+    assert done.stdout.endswith("['scorers.preference']\n"), done.stderr
+
+
+def test_release_models():
+    """What was loaded is loaded anew after its release, and nothing refers to the old one."""
+    engine = rewards.load_ocr()
+    assert rewards.load_ocr() is engine and rewards.letters("")
+    rewards.release_models()
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None and rewards.load_ocr() is not None
 
 
 def smiles(mine, returned):

@@ -11,6 +11,7 @@ from conftest import clip_tokenizer, small_clip
 from PIL import Image
 
 import rewards
+from scorers import judges, preference
 
 PROMPTS = ["a red fox", "two cats and a very long list of other animals that goes on"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -188,8 +189,8 @@ def float_pixels(images, size):
 @pytest.mark.parametrize("height, width", [(54, 54), (28, 28), (54, 31), (17, 54), (10, 20)])
 def test_hpsv2s_pixels(height, width):
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height))
-    torch.testing.assert_close(rewards.padded(images, 28), float_pixels(images, 28), atol=2e-5, rtol=1e-4)
-    assert rewards.padded(images, 28).shape == (2, 3, 28, 28)
+    torch.testing.assert_close(preference.padded(images, 28), float_pixels(images, 28), atol=2e-5, rtol=1e-4)
+    assert preference.padded(images, 28).shape == (2, 3, 28, 28)
 
 
 def test_hpsv2_is_open_clips_arithmetic(images, tmp_path):
@@ -200,7 +201,7 @@ def test_hpsv2_is_open_clips_arithmetic(images, tmp_path):
 
     def scores(state):
         torch.save({"epoch": 3, "state_dict": state}, tmp_path / "hps.pt")
-        rewards.load_hpsv2.cache_clear()
+        preference.load_hpsv2.cache_clear()
         return score("hpsv2", images, weights=tmp_path / "hps.pt", base=base)
 
     ids = [tokenizer(p).input_ids[:77] for p in PROMPTS]
@@ -327,8 +328,8 @@ def test_imagereward_is_the_original_arithmetic(images, tmp_path):
 
     def scores(state):
         torch.save(state, tmp_path / "ImageReward.pt")
-        rewards.load_imagereward.cache_clear()
-        rewards.load_head.cache_clear()
+        preference.load_imagereward.cache_clear()
+        preference.load_head.cache_clear()
         return score("imagereward", images, weights=tmp_path / "ImageReward.pt", tokenizer=tmp_path / "bert")
 
     torch.testing.assert_close(scores(state), expected, atol=2e-5, rtol=1e-4)
@@ -386,9 +387,9 @@ def test_blipvqa(images, tmp_path, monkeypatch):
         found = [types.SimpleNamespace(text=chunk) for chunk in (*where, *chunks[text])]
         return types.SimpleNamespace(noun_chunks=found)
 
-    monkeypatch.setattr(rewards, "load_spacy", lambda: nlp)
+    monkeypatch.setattr(preference, "load_spacy", lambda: nlp)
     assert score("blipvqa", images, model=tmp_path, size=48).tolist() == pytest.approx(expected, abs=1e-5)
-    assert rewards.noun_phrases({"prompt": "p"}) == ["The left", "Top"]
+    assert preference.noun_phrases({"prompt": "p"}) == ["The left", "Top"]
     prompts = {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]}
     with pytest.raises(SystemExit, match="--prompts t: blipvqa finds no noun phrase in 'p57'"):
         rewards.check_rewards(rewards.parse_rewards(["blipvqa"]), prompts, 32)
@@ -398,10 +399,10 @@ def test_models_that_cannot_be_had(images, tmp_path):
     with pytest.raises(rewards.RewardError, match="clipscore: .*nothing could not be loaded"):
         score("clipscore", images, model=tmp_path / "nothing")
     with pytest.raises(rewards.Unavailable, match="missing.pth: no local file, nor to be had from the hub"):
-        rewards.load_state("missing.pth")
+        preference.load_state("missing.pth")
     (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     with pytest.raises(rewards.RewardError, match="evil.pth: not a checkpoint of tensors"):
-        rewards.load_state(str(tmp_path / "evil.pth"))
+        preference.load_state(str(tmp_path / "evil.pth"))
 
 
 WRONG = [
@@ -414,7 +415,7 @@ WRONG = [
     ("deqa=http://x", ["deqa.timeout=soon"], "could not convert"),
     ("jpeg", ["jpeg.x=1"], "jpeg has no options"),
     ("jpeg=ftp://x", [], "expected NAME"),
-    ("jpeg=openai+http://x", [], "openai[+] is for deqa"),
+    ("jpeg=openai+http://x", [], "openai[+] is for judges"),
     ("qwenvl=openai+http://x", ["qwenvl.pattern=("], "pattern=[(]"),
     ("smile", [], "no such reward"),
     ("qwenvl=openai+http://x", ["qwenvl.prompt=@/nowhere"], "No such file"),
@@ -444,7 +445,7 @@ def test_specs(tmp_path):
     assert [reward.weight for reward in chosen.values()] == [0.25, 1, 0.2, 1, 1]
     assert chosen["jpeg"].task == "scene"
     deqa, mine, geneval = (chosen[name].function for name in ("deqa", "mine", "geneval"))
-    assert deqa.func is rewards.deqa
+    assert deqa.func is judges.deqa
     assert deqa.keywords == {"url": "https://h:1/v1", "timeout": 3.0, "prompt": "Rate {prompt}"}
     assert mine.func is rewards.served and mine.keywords == {
         "url": "http://h/x",

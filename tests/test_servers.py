@@ -3,9 +3,7 @@ met with the right error in time."""
 
 import base64
 import contextlib
-import email.utils
 import http.server
-import inspect
 import io
 import json
 import math
@@ -23,6 +21,7 @@ from conftest import few, refused, run
 from PIL import Image
 
 import rewards
+from scorers import judges
 
 PROMPTS = ["a dog", "a cat", "a fox"]
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -85,7 +84,11 @@ def score(spec, *options, rows=None):
 def waits(monkeypatch):
     """Back-offs noted instead of waited for."""
     noted = []
-    monkeypatch.setattr(rewards.time, "sleep", noted.append)
+
+    async def note(seconds):
+        noted.append(seconds)
+
+    monkeypatch.setattr(rewards.asyncio, "sleep", note)
     return noted
 
 
@@ -103,6 +106,12 @@ def test_json_server(serve):
     got = score(f"taste={serve(answer)}/taste")
     means = IMAGES.mul(255).round().mean((1, 2, 3)).tolist()
     assert got.dtype == torch.float32 and got.tolist() == pytest.approx(means, abs=1e-3)
+
+
+def test_a_server_may_have_no_score_for_a_picture(serve):
+    url = serve(b'{"scores": [0.5, null, NaN]}')
+    got = score(f"taste={url}")
+    assert got[0] == 0.5 and got[1:].isnan().all()
 
 
 PICKLED = {  # as Flow-GRPO's servers answer
@@ -151,17 +160,11 @@ def test_a_pickle_that_would_run_code_is_refused(serve, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-NUMBERS = [
-    b"{}",
-    b'{"scores": [1, 2]}',
-    b'{"scores": [1, 2, "3"]}',
-    b'{"scores": [1, 2, NaN]}',
-    b'{"scores": 3}',
-]
-NUMBERS += [b'{"scores": [1, 2, null]}', b"[0.1, 0.2, 0.3]", b'{"scores": [1, 2, Infinity]}']
+NUMBERS = [b"{}", b'{"scores": [1, 2]}', b'{"scores": [1, 2, "3"]}', b'{"scores": 3}']
+NUMBERS += [b'{"scores": [1, 2, [3]]}', b"[0.1, 0.2, 0.3]", b'{"scores": [1, 2, Infinity]}']
 
 
-@pytest.mark.parametrize("reply", [*NUMBERS, b"<html>busy</html>", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("reply", [*NUMBERS, b"<html>busy</html>", b"\xff\xfe\x00", b"[" * 200_000])
 def test_wrong_answers(serve, waits, reply):
     problem = "not 3 finite numbers" if reply in NUMBERS else "which is not JSON"
     with pytest.raises(rewards.RewardError, match=f"taste: .*{problem}"):
@@ -172,16 +175,16 @@ def test_wrong_answers(serve, waits, reply):
 def test_failures_that_may_pass_are_tried_again(serve, waits):
     answers = [(500, b"Traceback\nout of memory"), (429, b""), (503, b""), (200, b'{"scores": [1, 2, 3]}')]
     assert score(f"taste={serve(lambda *_: answers.pop(0))}").tolist() == [1, 2, 3] and waits == [1, 2, 4]
-    with pytest.raises(rewards.RewardError, match="HTTP 500 .*out of memory .2 attempts"):
+    with pytest.raises(rewards.RewardError, match="HTTP 500 .*out of memory .attempts: 2"):
         score(f"taste={serve(lambda *_: (500, b'Traceback:  out of memory'))}", "taste.retries=1")
     waits.clear()
-    with pytest.raises(rewards.RewardError, match="HTTP 404 .*1 attempt"):
+    with pytest.raises(rewards.RewardError, match="HTTP 404 .*attempts: 1"):
         score(f"taste={serve(lambda *_: (404, b'no such model'))}")
     assert waits == []
 
 
 def test_absent_and_slow_servers_end_in_time(serve, waits):
-    with pytest.raises(rewards.RewardError, match="127.0.0.1:9: All connection attempts failed .4 attempts"):
+    with pytest.raises(rewards.RewardError, match="127.0.0.1:9: All connection attempts failed .attempts: 4"):
         score("taste=http://127.0.0.1:9")
     assert waits == [1, 2, 4]
     stop = threading.Event()
@@ -195,7 +198,7 @@ def test_absent_and_slow_servers_end_in_time(serve, waits):
 
     for answer in (drip, lambda *_: stop.wait(20) and (200, b"")):
         began = time.monotonic()
-        with pytest.raises(rewards.RewardError, match="2 attempts"):
+        with pytest.raises(rewards.RewardError, match="attempts: 2"):
             score(f"taste={serve(answer)}", "taste.timeout=0.3", "taste.retries=1")
         assert time.monotonic() - began < 3
     stop.set()
@@ -210,7 +213,7 @@ def test_broken_error_pages_and_redirects(serve, waits, monkeypatch):
     def away(path, body, headers, handler):
         send(handler, 302, {"Location": elsewhere, "Content-Length": 0})
 
-    with pytest.raises(rewards.Unavailable, match="HTTP 503.*4 attempts"):
+    with pytest.raises(rewards.Unavailable, match="attempts: 4"):
         score(f"taste={serve(cut)}")
     assert waits == [1, 2, 4]
     elsewhere = serve(lambda *a: asked.append(a) or (200, b"{}"))
@@ -239,7 +242,7 @@ def test_a_huge_answer_is_not_swallowed(serve, monkeypatch):
 
 
 def test_retry_after_is_honoured(serve, waits):
-    """Seconds or a date, for 429 and 503; ten minutes at most; nonsense is ignored."""
+    """Seconds, for 429 and 503; ten minutes at most; anything else is ignored."""
     pauses = []
 
     def answer(path, body, headers, handler):
@@ -248,30 +251,17 @@ def test_retry_after_is_honoured(serve, waits):
         send(handler, 429, {"Retry-After": pauses.pop(0), "Content-Length": 0})
 
     url = serve(answer)
-    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    for asked, expected in (
-        (["7"], [7]),
-        (["0", "11"], [0, 11]),
-        (["soon"], [1]),
-        (["-5", "1.5"], [1, 2]),
-        (["86400"], [600]),
-        ([soon], [pytest.approx(30, abs=3)]),
-        (["Thu, 01 Jan 1970 00:00:00 GMT"], [0]),
-    ):
-        pauses[:] = asked
-        assert score(f"taste={url}").tolist() == [1, 2, 3] and waits == expected
+    asked = {"7": 7, "0": 0, "soon": 1, "-5": 1, "86400": 600, "9" * 5000: 1}
+    for seconds, expected in asked.items():
+        pauses[:] = [seconds]
+        assert score(f"taste={url}").tolist() == [1, 2, 3] and waits == [expected]
         waits.clear()
 
 
-OPENAI = {"error": {"message": "the model `x` does not exist", "type": "NotFound"}}  # and vLLM
-SGLANG = {"object": "error", "message": "prompt too long", "code": 400}
 PAGES = [
-    (json.dumps(OPENAI, indent=2), "the model `x` does not exist ("),
-    (json.dumps(SGLANG, indent=4), "prompt too long ("),
-    (json.dumps({"detail": "Not Found"}), "Not Found ("),  # FastAPI
-    (json.dumps({"error": "no"}), "no ("),
-    ("<html>\n<body><h1>404</h1>\n nginx</body></html>", "404 nginx ("),
-    ("Traceback:\n  x\nKeyError: 'image'", "Traceback: x KeyError: 'image' ("),
+    ('{\n  "error": {"message": "the model `x` does not exist"}}', "the model `x` does not exist"),
+    ("Traceback:\n  x\nKeyError: 'image'", "Traceback: x KeyError: 'image'"),
+    ("x" * 5000 + "\nout of memory", "xxx out of memory"),
 ]
 
 
@@ -279,7 +269,8 @@ PAGES = [
 def test_a_servers_own_message_is_shown(serve, reply, said):
     with pytest.raises(rewards.Unavailable) as caught:
         score(f"taste={serve(lambda *_: (400, reply.encode()))}")
-    assert f"HTTP 400 Bad Request: {said}1 attempt)" in str(caught.value)
+    assert "HTTP 400 Bad Request: " in str(caught.value) and said in str(caught.value)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
 def test_no_proxy_stands_before_this_machine(serve, monkeypatch):
@@ -374,32 +365,29 @@ FORMS = [
     ("Thinking: score: 1</think>Score: 3", 0.6),
     ("<think>Score: 1</think>\n<Score>3</Score>", 0.6),
 ]
-SCORE, FINAL = (
-    inspect.signature(judge).parameters["pattern"].default
-    for judge in (rewards.qwenvl, rewards.unifiedreward)
-)
+PATTERNS = [r"(?i)<score>\s*(\d)", judges.ANY_SCORE]
 
 
 @pytest.mark.parametrize("said, expected", FORMS)
 def test_a_score_in_any_usual_form(said, expected):
     answer = {"message": {"content": said}, "finish_reason": "stop"}
-    assert rewards.read_score(answer, SCORE) == pytest.approx(expected)
+    assert judges.read_score(answer, PATTERNS) == pytest.approx(expected)
     if "Final" in said:
-        assert rewards.read_score(answer, FINAL) == pytest.approx(expected)
+        assert judges.read_score(answer, [judges.FINAL_SCORE]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ({"message": {"content": "I cannot say"}}, "no score where"),
+        ({"message": {"content": "I cannot say"}}, "no score in"),
         ({"message": {"content": ""}}, "no score"),
         ({"message": {"content": None}}, "no score"),
         ({"message": None}, "no score"),
         ({}, "no score"),
         ({"message": {"content": "Score: 7"}}, "a score of 7, not within 0 to 5"),
         ({"message": {"content": "Score: 11/10"}}, "a score of 11, not within 0 to 10"),
-        ({"message": {"content": "Score: -3"}}, "no score where"),
-        ({"message": {"content": "Score: 1-5"}}, "no score where"),
+        ({"message": {"content": "Score: -3"}}, "no score in"),
+        ({"message": {"content": "Score: 1-5"}}, "no score in"),
         ({"message": {"content": "Score: 45"}}, "a score of 45"),
         ({"message": {"content": "Score: 4"}, "finish_reason": "length"}, "cut off before its end"),
         ({"message": {"content": "<think>first, Score: 4"}}, "cut off before its end"),
@@ -407,8 +395,8 @@ def test_a_score_in_any_usual_form(said, expected):
     ],
 )
 def test_what_is_no_score(answer, message):
-    with pytest.raises(rewards.NoAnswer, match=message):
-        rewards.read_score(answer, SCORE)
+    with pytest.raises(judges.NoAnswer, match=message):
+        judges.read_score(answer, PATTERNS)
 
 
 def test_who_gives_no_score_is_asked_again_and_then_left_out(serve, capsys):
@@ -428,10 +416,8 @@ def test_who_gives_no_score_is_asked_again_and_then_left_out(serve, capsys):
     assert scores[:2].tolist() == pytest.approx([0.8, 0.8]) and scores[2].isnan()
     once, again, thrice = (0, False), (0.5, True), (1, True)
     assert asked == {"a dog": [once], "a cat": [once, again], "a fox": [once, again, thrice]}
-    assert f"{url}: asked three times, no score: no score where" in capsys.readouterr().err
-    message = (
-        "--reward qwenvl: no score of a grey picture. no score where .* in the answer 'I would rather not'"
-    )
+    assert f"{url}: asked three times, no score: no score in" in capsys.readouterr().err
+    message = "--reward qwenvl: no score of a grey picture. no score in the answer 'I would rather not'"
     with pytest.raises(SystemExit, match=message):
         chosen = rewards.parse_rewards([f"qwenvl=openai+{url}"])
         rewards.check_rewards(chosen, {"t": [{"prompt": "a fox"}]}, 8)
@@ -464,7 +450,7 @@ def test_a_rollout_goes_on_without_a_few_scores(serve, silent, total, fine):
         part = batch[i : i + 5]
         scorer.submit(torch.rand(len(part), 3, 8, 8), part)
     if not fine:
-        message = f"qwenvl: {silent} of {total} pictures have no score. no score where .*'no idea'"
+        message = f"qwenvl: {silent} of {total} pictures have no score. no score in the answer 'no idea'"
         with pytest.raises(rewards.RewardError, match=message):
             scorer.collect()
         return
@@ -508,7 +494,7 @@ def test_deqa_from_the_five_levels(serve):
     assert ask(good=0.51, The=0.49).tolist() == pytest.approx([0.8] * 3)
     for words in ({"The": 1.0}, {"good": 0.03, "The": 0.97}, {"good": 0.49, "The": 0.51}):
         assert ask(**words).isnan().all()
-    said = list(rewards.SAID.values())[-1]
+    said = list(rewards.NO_SCORE.values())[-1]
     assert "excellent, good, fair, poor, bad together have 49% of the probability" in said
     assert "the likeliest tokens are 'good', 'the'" in said
     with pytest.raises(rewards.Unavailable, match="some/vlm gave no log-probabilities"):

@@ -1,0 +1,179 @@
+"""Judges: vision-language models behind an OpenAI-compatible endpoint (vLLM, SGLang ...), by --reward
+NAME=openai+http://HOST:PORT/v1. The environment's REWARD_API_KEY is sent along, if there is one."""
+
+import asyncio
+import base64
+import functools
+import math
+import os
+import re
+import reprlib
+import sys
+import urllib.parse
+
+import torch
+from tqdm import tqdm
+
+from flow_sde import listing
+from rewards import NO_SCORE, RewardError, Unavailable, encoded, pil, post_json
+
+LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
+ASK_LEVEL = (
+    "How good is the quality of this picture? Answer with one word: excellent, good, fair, poor or bad."
+)
+ASK_SCORE = (
+    "The picture was made for this caption: {prompt}\nJudge two things: whether it shows everything the "
+    "caption says, with the right attributes and relations, and how good it is as a picture: clear, "
+    "detailed, free of artefacts, pleasant to look at. Give one score from 1 (worst) to 5 (best)."
+)
+AGAIN = "\nAnswer briefly, and in exactly the form that is asked for."
+COLON = r"""["'*_\s]*[>:=]["'*_\s]*(\d)"""  # what stands between the word `score` and its number
+FINAL_SCORE = r"(?i)final score" + COLON
+ANY_SCORE = r"(?i)score\s*(?:\([^)]*\))?" + COLON
+NUMBER = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*(\d+))?(?!\d|[.,]\d|\s*[-–]\s*\d)")
+
+
+class NoAnswer(RewardError):
+    """A judge answered, but not with a score that can be read."""
+
+
+def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, retries=3, prompt=ASK_LEVEL):
+    """Picture quality (DeQA-Score, arXiv 2501.11561, MIT). sum_l p_l l / 5 over the probabilities of five
+    words in the first answered token, l from 5 (excellent) to 1 (bad); in [0.2, 1]; papers print it times 5.
+    Needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT, since neither vLLM nor SGLang serves DeQA-Score's
+    model, an mPLUG-Owl2; or an endpoint with log-probabilities and another deqa.model, which must give these
+    words half of the probability."""
+    if not url or not model:
+        raise Unavailable(
+            "needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
+            "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1"
+        )
+    limits = dict(max_tokens=1, logprobs=True, top_logprobs=20)
+    read = functools.partial(read_level, who=f"{url}: {model}")
+    return ask_all(read, images, [prompt] * len(images), url, model, timeout, retries, **limits)
+
+
+def read_level(answer, who):
+    """The expected level of an answer's first token, in [0.2, 1]."""
+    try:
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        likely = [(t["token"].strip(" ▁Ġ").lower(), math.exp(float(t["logprob"]))) for t in top]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise Unavailable(f"{who} gave no log-probabilities of its first token") from error
+    mass = {level: sum(p for word, p in likely if word and level.startswith(word)) for level in LEVELS}
+    total = sum(mass.values())
+    if not total >= 0.5:
+        tokens_seen = listing([repr(word) for word, _ in likely])
+        share = f"{', '.join(LEVELS)} together have {total:.0%} of the probability"
+        raise NoAnswer(f"{share}; the likeliest tokens are {tokens_seen}")
+    return sum(p * LEVELS[level] for level, p in mass.items()) / total / 5
+
+
+def qwenvl(
+    images,
+    prompts,
+    metadata,
+    url="",
+    model="Qwen/Qwen3-VL-30B-A3B-Instruct",
+    prompt=ASK_SCORE + " Be strict. Think it over, then end with <Score>N</Score>.",
+    pattern="",
+    max_tokens=1024,
+    max_completion_tokens=0,
+    timeout=120.0,
+    retries=3,
+):
+    """A vision-language model judges caption and quality; the model's own licence (Qwen3-VL: Apache-2.0). The
+    number in the last <Score>, or else after the last "score:", or where the group of `pattern` begins; / 5,
+    or as it says (7/10); in [0, 1]. Needs an endpoint. max_completion_tokens is for those that do not know
+    max_tokens."""
+    limit = {"max_tokens": max_tokens}
+    if max_completion_tokens:
+        limit = {"max_completion_tokens": max_completion_tokens}
+    patterns = [pattern] if pattern else [r"(?i)<score>\s*(\d)", ANY_SCORE]
+    read = functools.partial(read_score, patterns=patterns)
+    texts = [prompt.replace("{prompt}", p) for p in prompts]
+    return ask_all(read, images, texts, url, model, timeout, retries, **limit)
+
+
+def unifiedreward(
+    images,
+    prompts,
+    metadata,
+    url="",
+    model="CodeGoat24/UnifiedReward-qwen-7b",
+    prompt=ASK_SCORE + " Write it after 'Final Score:'.",
+    pattern=FINAL_SCORE,
+    max_tokens=1024,
+    max_completion_tokens=0,
+    timeout=120.0,
+    retries=3,
+):
+    """UnifiedReward (arXiv 2503.05236, MIT): caption and quality; in [0, 1], read as `qwenvl`. Needs an
+    endpoint. The wording the model was trained on stands on its page: unifiedreward.prompt=@FILE, {prompt}
+    for the caption."""
+    limits = max_tokens, max_completion_tokens
+    return qwenvl(images, prompts, metadata, url, model, prompt, pattern, *limits, timeout, retries)
+
+
+def read_score(answer, patterns):
+    """The score of an answer, in [0, 1], by the first pattern that finds one; NoAnswer if none does, or the
+    model was cut off, or thinking."""
+    message = answer.get("message")
+    said = message.get("content") if isinstance(message, dict) else None
+    said = said if isinstance(said, str) else ""
+    conclusion = said.rpartition("</think>")[2]
+    if answer.get("finish_reason") == "length" or "<think>" in conclusion:
+        raise NoAnswer(f"an answer cut off before its end (a larger max_tokens may help): {said[-200:]!r}")
+    for pattern in patterns:
+        found = [NUMBER.match(conclusion, m.start(1)) for m in re.finditer(pattern, conclusion)]
+        found = [number for number in found if number]
+        if found:
+            break
+    else:
+        raise NoAnswer(f"no score in the answer {said[-200:]!r}")
+    score, best = float(found[-1][1].replace(",", ".")), float(found[-1][2] or 5)
+    if not 0 <= score <= best or best == 0:
+        raise NoAnswer(f"a score of {score:g}, not within 0 to {best:g}, in the answer {said[-200:]!r}")
+    return score / best
+
+
+def ask_all(read, images, texts, url, model, timeout, retries, **options):
+    """read(answer) of one question a picture, sixteen at a time. An answer without a score is asked for twice
+    more, with a reminder of the form and a temperature; then the picture has none. -> (B,), NaN for none"""
+    if not url:
+        raise Unavailable("needs an endpoint: NAME=openai+http://HOST:PORT/v1 (or NAME=WEIGHT,openai+...)")
+    turns = asyncio.Semaphore(16)
+
+    async def ask(picture, text):
+        async with turns:
+            for temperature in (0, 0.5, 1):
+                question = text + AGAIN if temperature else text
+                request = options | {"temperature": temperature}
+                try:
+                    return read(await chat(url, model, question, picture, timeout, retries, **request))
+                except NoAnswer as error:
+                    NO_SCORE[url] = str(error)
+        tqdm.write(f"{url}: asked three times, no score: {NO_SCORE[url]}", file=sys.stderr)
+        return math.nan
+
+    async def ask_everything():
+        return await asyncio.gather(*map(ask, pil(images), texts))
+
+    return torch.tensor(asyncio.run(ask_everything()), dtype=torch.float32)
+
+
+async def chat(url, model, text, picture, timeout, retries, **options):
+    """The first choice of a chat completion about a picture."""
+    data = base64.b64encode(await asyncio.to_thread(encoded, picture)).decode()
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    key = os.environ.get("REWARD_API_KEY", "").strip()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    where = urllib.parse.urlsplit(url)
+    where = where._replace(path=where.path + "/chat/completions").geturl()
+    request = {"model": model, "messages": messages} | options
+    answer = await post_json(where, request, timeout, retries, headers)
+    try:
+        return answer["choices"][0] | {}
+    except (KeyError, IndexError, TypeError) as error:
+        raise Unavailable(f"{url}: answered {reprlib.repr(answer)}, not a chat completion") from error

@@ -1,4 +1,5 @@
-"""README's recipes: the real parsers take them, and the settings that result are those of their sources."""
+"""The commands of README.md and the recipes of experiments/README.md: the real parsers take them, and what a
+recipe sets is what its source sets."""
 
 import pathlib
 import re
@@ -13,7 +14,7 @@ from rewards import parse_rewards
 
 # What must come out, by number; where a source says nothing, nothing stands here
 SOURCES = {
-    "1": dict(weighting="kl", init="merge", anchor="CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix", anchor_weight=0.02),
+    "1": dict(weighting="kl", init="out/merge/lora", anchor_weight=0.02, ema=0.9),
     "2": dict(
         weighting="kl-dt", init="none", anchor="base", anchor_weight=0.04, schedule="alternate", lr=1e-4
     ),
@@ -25,7 +26,7 @@ SOURCES = {
     "8": dict(schedule="alternate", lr=1e-4, group_size=24, batch_size=6, beta=0.009),
 }
 SOURCES["1"] |= dict(num_steps=10, noise_level=0.7, guidance=4.5, sde="flow", objective="kl", label_steps=0)
-SOURCES["1"] |= dict(rank=32, alpha=64, ema=0.9)
+SOURCES["1"] |= dict(anchor="CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix")
 SOURCES["2"] |= dict(num_steps=10, noise_level=0.7, guidance=4.5, batch_size=1, group_size=16)
 SOURCES["2"] |= dict(rank=32, alpha=64, ema=0.9, max_sequence_length=128)
 SOURCES["4"] |= dict(rank=128, alpha=128, lr=2e-4, resolution=1024, steps=3000, dtype="bfloat16")
@@ -44,20 +45,47 @@ def parser_of(script):
     return names["parser"]
 
 
-def recipes():
-    """{number: the words of its command}, as bash reads them."""
-    page = pathlib.Path(ROOT, "README.md").read_text()
+def commands(shell, folder):
+    """The commands for python and torchrun in shell lines, as bash reads them: [[recipe, word, ...], ...],
+    `recipe` as the lines set it. Nothing runs, and nothing is downloaded."""
+    stubs = """
+        python() { printf "%s " "${recipe:-none}"; printf "%q " "$@"; echo; }
+        torchrun() { python "$@"; }
+        curl() { :; }
+        hf() { :; }
+    """
+    how = dict(capture_output=True, text=True, check=True, cwd=folder)
+    printed = subprocess.run(["bash", "-eu"], input=stubs + shell, **how).stdout
+    return [shlex.split(line) for line in printed.splitlines()]
+
+
+def recipes(folder):
+    """{number: its commands, each a list of words}."""
+    page = pathlib.Path(ROOT, "experiments/README.md").read_text()
     block = re.search(r"## Recipes.*?```sh\n(.*?)```", page, re.S)[1]
-    lines = re.sub(r"^# (\d) .*$", r"number=\1", block, flags=re.M)
-    shell = 'torchrun() { printf "%s " $number; printf "%q " "$@"; echo; }\n' + lines
-    printed = subprocess.run(["bash", "-eu"], input=shell, capture_output=True, text=True, check=True).stdout
-    commands = [shlex.split(line) for line in printed.splitlines()]
-    return {number: words for number, *words in commands}
+    found = {}
+    for number, *words in commands(re.sub(r"^# (\d) .*$", r"recipe=\1", block, flags=re.M), folder):
+        found.setdefault(number, []).append(words)
+    return found
+
+
+def test_the_commands_of_the_readme(tmp_path):
+    page = pathlib.Path(ROOT, "README.md").read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", page, re.S))
+    shell = re.sub(r"^python3 .*$", "", blocks, flags=re.M)  # the environment's
+    scripts = []
+    for _, *words in commands(shell, tmp_path):
+        if words[0].startswith("--nproc_per_node"):
+            words = words[1:]
+        script, *flags = words
+        parser_of(script).parse_args(flags)
+        scripts.append(script)
+    assert set(scripts) == {"distill.py", "sample.py", "evaluate.py", "train_teacher.py"}
 
 
 @pytest.mark.parametrize("number", SOURCES)
-def test_recipe(number):
-    processes, script, *words = recipes()[number]
+def test_recipe(number, tmp_path):
+    *_, (processes, script, *words) = recipes(tmp_path)[number]
     assert processes == "--nproc_per_node=8"
     assert script == ("distill.py" if number in GUIDANCE else "train_teacher.py")
     parser = parser_of(script)
@@ -75,3 +103,14 @@ def test_recipe(number):
         assert [spec["weight"] for spec in prompts.values()] == [3, 1, 1]
         weights = {name: reward.weight for name, reward in parse_rewards(args.reward).items()}
         assert weights == {"geneval": 0.8, "ocr": 0.8, "pickscore": 0.8, "deqa": 0.2}
+
+
+def test_recipe_1_trains_the_rank_of_the_paper(tmp_path):
+    """The paper's student has rank 32. Training keeps the rank of --init, so the merge must have it."""
+    merge_command, training_command = recipes(tmp_path)["1"]
+    assert merge_command[:2] == ["cold_start.py", "merge"]
+    merge = parser_of("cold_start.py").parse_args(merge_command[1:])
+    student = parser_of("distill.py").parse_args(training_command[2:])
+    assert (merge.method, merge.rank) == ("svd", 32)
+    assert (merge.model, merge.teachers) == (student.model, student.teachers)
+    assert student.init == f"{merge.out}/lora"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from flow_sde import WEIGHTINGS, generators, kl_weight, randn, rollout, step_weights, training_sigmas
 from flow_sde import update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, read_lora, save_lora, skeleton, take_rows
-from flow_sde import TOY_DIR, Run, check, claim_folder, clear_folder, descend, load_prompts, parse_args
+from flow_sde import TOY_DIR, Run, check, claim_folder, descend, load_prompts, parse_args
 from flow_sde import parse_specs, parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given, write_json
 # isort: on
 
@@ -82,16 +82,14 @@ add("--gradient-checkpointing", action="store_true", help="the same gradients, l
 add("--compile", action="store_true", help="torch.compile: slow at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
-add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
-add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 
 # -- checks, before anything slow ----------------------------------------------------------------------------
 out = args.out or os.path.join("out", args.mode)
 if args.mode == "merge":
-    own = {"mode", "model", "teachers", "out", "method", "rank", "overwrite"}
+    own = {"mode", "model", "teachers", "out", "method", "rank"}
     refuse_given(parser, sorted(parser.given - own), "only for sft")
     check(args.teachers, "--model needs --teachers TASK=LORA with it")
     teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
@@ -142,7 +140,7 @@ def delta(lora, n):
 
 
 def merge():
-    claim_folder(out, overwrite=args.overwrite)
+    claim_folder(out)
     network, pipeline = skeleton(args.model)
     loras = [(read_lora(teachers[task]["value"], network, pipeline), share) for task, share in shares.items()]
     exact = merge_loras(loras)
@@ -155,8 +153,6 @@ def merge():
     size = sum(delta(exact, n).square().sum().item() for n in exact)
     check(size > 0, "--teachers: the average of these LoRAs changes nothing; are they untrained?")
     error, rank = math.sqrt(error / size), max(len(A) for A, _, _ in merged.values())
-    if args.overwrite:
-        clear_folder(out)
     save_lora(merged, os.path.join(out, "lora"))
     about = {"method": args.method, "relative_error": error, "teachers": list(teachers), "rank": rank}
     write_json(os.path.join(out, "results.json"), about)
@@ -200,9 +196,7 @@ for task, teacher in teachers.items():
 first_step = run.begin(model, "student", optimizer, files, settings)
 if rank == 0:
     size = sum(p.numel() for p in params) / 1e6
-    print(
-        f"student: {size:.2f} M parameters; teachers: {', '.join(teachers)}; {samples * world} trajectories an update"
-    )
+    print(f"student: {size:.2f} M parameters; teachers: {', '.join(teachers)}")
 
 
 @torch.no_grad()

@@ -260,7 +260,6 @@ if any(job.missing for job in jobs):
             model.load_teacher(name, spec["value"])
     if args.compile:
         model.compile()
-    model.note_long(row["prompt"] for rows in prompts.values() for row in rows)
 needed = {reward for job in jobs for reward in job.unscored}
 check_rewards(rewards, prompts, args.resolution, device, needed=needed)
 accelerator.wait_for_everyone()  # all have read, and nothing was refused, before anyone writes

@@ -16,6 +16,7 @@ import datetime
 import errno
 import glob
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import io
@@ -217,9 +218,9 @@ class Model:
     """A diffusers text-to-image pipeline: one frozen transformer with named LoRA adapters. A forward applies
     one of them. A teacher that is a full fine-tune, not a LoRA, is a network of its own in `full`.
 
-    A family of models is a subclass below, which says what is its own: what its network takes (`net`, of
-    encode_prompt's results those in `takes`, and `null_prompt`), its latents' layout (`packed`), its
-    schedule (`even_grid`, `mu`), its guidance (`guide`) and what its VAE takes (`to_vae`).
+    A family of models is a subclass, SD3 below and the others in families/. It says what is its own: what its
+    network takes (`net`, of encode_prompt's results those in `takes`, and `null_prompt`), its latents' layout
+    (`packed`), its schedule (`even_grid`, `mu`), its guidance (`guide`), what its VAE takes (`to_vae`).
 
     dtype is the frozen networks', and what LoRAs are computed in; trained weights, latents, guidance and SDE
     are float32. use_t5=False leaves out SD3's largest text encoder (its tokens are zeros, as in diffusers);
@@ -446,6 +447,20 @@ class Model:
         *_, last = rollout(velocity, draw(), sigmas, noise_level, sde, draw)
         return self.decode(last.x_next, adapter if strict else None)
 
+    @torch.no_grad()
+    def save_pipeline(self, folder, name):
+        """A stand-alone pipeline with an adapter merged into its weights. The model is of no use after it."""
+        for layer in self.transformer.modules():
+            if isinstance(layer, LoRA):
+                if name in layer.loras:
+                    A, B, scale = layer.loras[name]
+                    layer.weight += scale * B @ A
+                layer.__class__ = type(layer).__bases__[1]
+        self.pipe.vae.to(self.dtype)
+        folder = folder.rstrip("/")
+        self.pipe.save_pretrained(folder + ".new")
+        os.rename(folder + ".new", folder)
+
     # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
@@ -530,122 +545,26 @@ class SD3(Model):
         return network(x, embeds, pooled, time, return_dict=False)[0]
 
 
-class Flux(Model):
-    """FLUX.1: dev takes guidance as an input (embedded guidance), schnell has none."""
-
-    defaults = Model.defaults | dict(guidance=3.5)
-    distilled_defaults = dict(guidance=1.0, max_sequence_length=256)
-    takes, packed = (0, 1), True
-
-    @classmethod
-    def distilled(cls, index, config):
-        return not config.get("guidance_embeds")
-
-    def net(self, network, x, t, embeds, pooled, guidance=None):
-        n = torch.arange(math.isqrt(x.shape[1]), device=x.device)
-        places = torch.cartesian_prod(n[:1], n, n)  # of the picture's tokens; those of the words are all 0
-        words = places.new_zeros(embeds.shape[1], 3)
-        return network(x, embeds, pooled, filled(x, t), places, words, guidance, return_dict=False)[0]
-
-
-class Flux2(Model):
-    """FLUX.2: klein's base is guided, klein itself was distilled; dev takes guidance as an input."""
-
-    packed = True
-
-    @classmethod
-    def distilled(cls, index, config):
-        return index.get("is_distilled", False)
-
-    def net(self, network, x, t, embeds, guidance=None):
-        n, words = (torch.arange(k, device=x.device) for k in (math.isqrt(x.shape[1]), embeds.shape[1]))
-        zero = n[:1]
-        places, words = torch.cartesian_prod(zero, n, n, zero), torch.cartesian_prod(zero, zero, zero, words)
-        return network(x, embeds, filled(x, t), places, words, guidance, return_dict=False)[0]
-
-    def mu(self, tokens, num_steps):
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        return compute_empirical_mu(tokens, num_steps)
-
-    def to_vae(self, latents):
-        side, norm = math.isqrt(latents.shape[1]), self.pipe.vae.bn
-        std = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
-        latents = (latents * std + norm.running_mean).mT.unflatten(2, (side, side))
-        return self.pipe._unpatchify_latents(latents)
-
-
-class QwenImage(Model):
-    """Qwen-Image: classifier-free guidance with per-token norm rescaling."""
-
-    takes, null_prompt, packed, most_tokens = (0, 1), " ", True, 1024
-
-    def net(self, network, x, t, embeds, mask):
-        side, more = math.isqrt(x.shape[1]), -embeds.shape[1] % 32  # few lengths, for torch.compile
-        embeds, mask = F.pad(embeds, (0, 0, 0, more)), F.pad(mask, (0, more))
-        return network(x, embeds, mask, filled(x, t), [[(1, side, side)]] * len(x), return_dict=False)[0]
-
-    def guide(self, v, v_uncond, g):
-        guided = super().guide(v, v_uncond, g)
-        return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-
-    def to_vae(self, latents):
-        config = self.pipe.vae.config
-        mean, std = latents.new_tensor([config.latents_mean, config.latents_std]).view(2, -1, 1, 1, 1)
-        return self.unpack(latents) * std + mean  # (B, C, 1, h, w), a video of one frame
-
-
-class ZImage(Model):
-    """Z-Image: takes lists, of texts of any length, counts t from the other end and returns -v. Turbo is not
-    to be guided, which its files do not say; the base is. The pipeline's guidance_scale is one less."""
-
-    defaults = Model.defaults | dict(guidance=1.0)
-    attention = "attention"
-
-    def net(self, network, x, t, embeds):
-        time = (1000 - filled(x, 1000 * t)) / 1000  # rounded as the pipeline does
-        v = network(list(x.unsqueeze(2)), time, embeds, return_dict=False)[0]
-        return -torch.stack(v).squeeze(2)
-
-
-class Sana(Model):
-    """SANA. A prompt is read after an instruction, the null prompt without. Euler's steps, not its DPM's."""
-
-    defaults = Model.defaults | dict(resolution="its own", guidance=4.5, max_sequence_length=300)
-    takes, even_grid, null_options = (0, 1), False, dict(complex_human_instruction=None)
-    attention = "attn[12]"
-
-    @classmethod
-    def flag_defaults(cls, index, config):
-        return cls.defaults | dict(resolution=32 * config["sample_size"])
-
-    def euler_scheduler(self):
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        config = self.pipe.scheduler.config
-        if config.get("prediction_type") != "flow_prediction":
-            return super().euler_scheduler()
-        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.flow_shift)
-
-    def net(self, network, x, t, embeds, mask):
-        time = filled(x, t * self.scheduler.config.num_train_timesteps * network.config.timestep_scale)
-        return network(x, embeds, time, encoder_attention_mask=mask, return_dict=False)[0]
-
-
-FAMILIES = {
-    "StableDiffusion3Pipeline": SD3,
-    "FluxPipeline": Flux,
-    "Flux2KleinPipeline": Flux2,
-    "Flux2Pipeline": Flux2,
-    "QwenImagePipeline": QwenImage,
-    "ZImagePipeline": ZImage,
-    "SanaPipeline": Sana,
+FAMILIES = {  # {diffusers pipeline: its Model}; all but SD3 are in families/, module.class
+    "StableDiffusion3Pipeline": "flow_sde.SD3",
+    "FluxPipeline": "families.flux.Flux",
+    "Flux2KleinPipeline": "families.flux.Flux2",
+    "Flux2Pipeline": "families.flux.Flux2",
+    "QwenImagePipeline": "families.qwenimage.QwenImage",
+    "ZImagePipeline": "families.zimage.ZImage",
+    "SanaPipeline": "families.sana.Sana",
 }
+
+
+def family_of(pipeline):
+    """The Model of a diffusers pipeline's class."""
+    module, _, name = FAMILIES[pipeline.__name__].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def load_model(args, device):
     """The Model that a script's flags describe, of the family that the pipeline belongs to."""
-    family = FAMILIES[pipeline_folder(args.model, only=())[1].__name__]
+    family = family_of(pipeline_folder(args.model, only=())[1])
     checkpointing = getattr(args, "gradient_checkpointing", False)
     options = (not args.no_t5, args.offload_text_encoders, checkpointing, args.max_sequence_length)
     model = family(args.model, getattr(torch, args.dtype), device, *options)
@@ -660,7 +579,7 @@ def defaults_of(model):
     """The defaults of Model.defaults' flags for a folder or hub id."""
     folder, pipeline, _ = pipeline_folder(model, only=["transformer/config.json"])
     index, config = (os.path.join(folder, name) for name in ("model_index.json", "transformer/config.json"))
-    return FAMILIES[pipeline.__name__].flag_defaults(read_json(index), read_json(config))
+    return family_of(pipeline).flag_defaults(read_json(index), read_json(config))
 
 
 def join_rows(first, *others):
@@ -746,13 +665,13 @@ def load_network(kind, folder, dtype, device):
     and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much."""
     import diffusers
 
-    quantised = "a quantised network; give one in float32, bfloat16 or float16, which --dtype converts"
-    if read_json(os.path.join(folder, "config.json")).get("quantization_config"):
-        die(f"{folder}: {quantised}")
-    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
-        for key, kept_as in read_header(file)[0].items():
-            if kept_as not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"):
-                die(f"{file}: {key} is {kept_as}: {quantised}")
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    kinds = {kept_as for file in files for kept_as in read_header(file)[0].values()}
+    quantised = kinds - {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
+    quantised |= {"quantized"} & set(
+        read_json(os.path.join(folder, "config.json")).get("quantization_config", ())
+    )
+    check(not quantised, f"{folder}: a quantised network; give one in float32, bfloat16 or float16")
     options = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # `info` tells of them; diffusers raises
@@ -1070,10 +989,7 @@ def read_header(file):
         with safe_open(file, "pt") as f:
             return {key: f.get_slice(key).get_dtype() for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except Exception as error:
-        with open(file, "rb") as f:
-            pointer = f.read(40).startswith(b"version https://git-lfs")
-        check(not pointer, f"{file}: only a Git LFS pointer; run git lfs pull where it was cloned")
-        die(f"{file}: not a whole safetensors file ({first_line(error)})")
+        die(f"{file}: not a whole safetensors file, or a Git LFS pointer ({first_line(error)})")
 
 
 # ============================================================================================================
@@ -1398,7 +1314,7 @@ class Run:
         self.accelerator = start_processes(args.track, self.out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        claim_folder(self.out, self.accelerator, args.resume, args.overwrite, args.init)
+        claim_folder(self.out, self.accelerator, args.resume, args.init)
 
     def begin(self, model, adapter, optimizer, files, settings):
         """The step to continue from, 0 in a new run. Trained are the adapter and its average, "ema". files,
@@ -1476,7 +1392,7 @@ class Run:
         replace_folder(temporary, os.path.join(root, f"{step:06d}"))
         steps = saved_steps(self.out)
         later = [saved for saved in steps if int(saved) > step]  # of a run that went further before
-        for old in later + [saved for saved in steps if int(saved) <= step][: -self.args.keep]:
+        for old in later + [saved for saved in steps if int(saved) <= step][:-2]:
             shutil.rmtree(os.path.join(root, old), ignore_errors=True)  # someone may read it
 
     def end(self, message):
@@ -1487,48 +1403,45 @@ class Run:
     def resume(self):
         """Load the checkpoint of --resume; its step. The first process decides which: of the run's own
         checkpoints the last whole one. A checkpoint of another run is refused with every difference."""
-        resume, folders = self.args.resume, [self.args.resume]
+        resume = self.args.resume
         if not resume:
             return 0
+        folders = [resume]
         if resume == "auto":
             root = os.path.join(self.out, "checkpoints")
             folders = [os.path.join(root, step) for step in reversed(saved_steps(self.out))]
-        chosen, found = -1, None
+        chosen, state = -1, {"step": 0}
         if self.rank == 0 and folders:
-            chosen, found = first_whole(folders, resume)
-        chosen = int(
-            reduce_sum(torch.tensor(float(chosen if self.rank == 0 else 0), device=self.device)).item()
-        )
+            chosen, state = first_whole(folders, resume)
+        chosen, step = reduce_sum(
+            torch.tensor([chosen, state["step"]], device=self.device) * (self.rank == 0)
+        ).tolist()
         if chosen < 0:
             return 0
         if self.rank != 0:
-            place = f"{self.out} must be a folder that all machines share"
-            check(chosen < len(folders), f"--resume {resume}: {place}")
-            _, found = first_whole(folders[chosen : chosen + 1], resume)
-        steps = torch.tensor(float(found["step"]), device=self.device)
-        same = reduce_sum(steps).item() == found["step"] * self.world
-        check(
-            same, f"--resume {resume}: the processes find different checkpoints; all machines must share them"
+            _, state = first_whole(folders[chosen : chosen + 1], resume)
+        seen = reduce_sum(torch.tensor(state["step"], device=self.device)).item()
+        shared = (
+            f"--resume {resume}: the processes find different checkpoints; their machines must share them"
         )
-        theirs, ours = found["identity"], self.identity
+        check(seen == step * self.world, shared)
+        theirs, ours = state["identity"], self.identity
         changed = [name for name in sorted(ours.keys() | theirs.keys()) if theirs.get(name) != ours.get(name)]
         differences = "; ".join(f"{n} was {theirs.get(n)!r}, now {ours.get(n)!r}" for n in changed)
         check(not changed, f"--resume {resume}: {folders[chosen]} is of another run: {differences}")
         steps = self.args.steps
-        check(found["step"] <= steps, f"--steps {steps}: {folders[chosen]} has made {found['step']} already")
-        self.back_to(found)
-        return found["step"]
+        check(step <= steps, f"--steps {steps}: {folders[chosen]} has made {step} already")
+        self.back_to(state)
+        return step
 
     def open_log(self, start):
         """log.jsonl. A resumed run forgets what was logged after its checkpoint (whose validation is made
-        again); a new one deletes what --overwrite gives up."""
+        again)."""
         log, kept = os.path.join(self.out, "log.jsonl"), []
         for row in read_log(self.out) if start else []:
             if row["step"] < start or row["step"] == start and "seconds" in row:
                 kept.append(json.dumps(row) + "\n")
         write(log, "".join(kept))
-        if self.args.overwrite:
-            clear_folder(self.out)
         if not start:
             pathlib.Path(self.out, "results.json").unlink(missing_ok=True)
         write_json(os.path.join(self.out, "args.json"), vars(self.args))
@@ -1537,7 +1450,7 @@ class Run:
 
 def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
-    free = {"steps", "out", "resume", "overwrite", "track", "save_every", "keep", "compile"}
+    free = {"steps", "out", "resume", "track", "save_every", "compile"}
     free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option", "compare"}
     free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
@@ -1563,7 +1476,7 @@ def first_whole(folders, resume):
             problem = f"not a whole checkpoint ({first_line(error)})"
         if resume == "auto":
             say(f"note: {folder}: {problem}")
-    die(f"--resume {resume}: {problem}")
+    die(f"--resume {resume}: {problem if folders else 'no checkpoint there'}")
 
 
 def saved_steps(out):
@@ -1586,32 +1499,21 @@ def read_log(out):
     return rows
 
 
-def claim_folder(out, accelerator=None, resume=None, overwrite=True, init=None):
-    """Make a folder this run's own for as long as it lives, before anything is computed: one that another
-    process is at work in, or that cannot be written, is refused. Unless it may overwrite, so is one with the
-    checkpoints or the LoRA of an earlier run that this one does not continue."""
-    check(not (resume and overwrite), "--overwrite and --resume: give one of them")
+def claim_folder(out, accelerator=None, resume="auto", init=None):
+    """Make a folder this run's own for as long as it lives, before anything is computed: refused if another
+    process is at work in it, if it cannot be written, or if an earlier run left its checkpoints or its LoRA
+    there and this one does not continue it."""
     inside = init and os.path.realpath(init).startswith(os.path.realpath(out) + os.sep)
     check(not inside, f"--init {init}: lies in --out {out}, which this run writes; give another --out")
     if accelerator is None or accelerator.is_main_process:
         lock_folder(out)
-        steps, continues = saved_steps(out), resume == "auto"
-        if resume and steps:
-            last = os.path.join(out, "checkpoints", steps[-1])
-            continues = continues or os.path.realpath(resume) == os.path.realpath(last)
-        made = "checkpoints" if steps else "a LoRA" if os.path.exists(os.path.join(out, "lora")) else None
-        if made and not overwrite and not continues:
-            ways = "--resume auto continues from the last, " if steps else ""
-            found = f"--out {out}: an earlier run left {made} there"
-            die(f"{found}; {ways}--overwrite deletes it, or give another --out")
+        steps = saved_steps(out)
+        last = os.path.join(out, "checkpoints", steps[-1]) if steps else os.path.join(out, "lora")
+        continues = resume == "auto" or resume and os.path.realpath(resume) == os.path.realpath(last)
+        ways = "--resume auto continues it; else delete the folder, or give another --out"
+        check(continues or not os.path.exists(last), f"--out {out}: an earlier run left {last}; {ways}")
     if accelerator is not None:
         accelerator.wait_for_everyone()
-
-
-def clear_folder(out):
-    """Delete the LoRA and the checkpoints in a run's folder; links to their places stay."""
-    for folder in ("lora", *(os.path.join("checkpoints", step) for step in saved_steps(out))):
-        shutil.rmtree(os.path.realpath(os.path.join(out, folder)), ignore_errors=True)
 
 
 LOCKS = []  # of the folders this process writes, held until it ends
@@ -1719,35 +1621,32 @@ def file_hash(file):
 # -- pictures ----------------------------------------------------------------------------------------------
 
 
-def plot_curves(out):
-    """curves.png from log.jsonl: a panel per quantity; "kl/ocr" is the line "ocr" of the panel "kl"."""
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, panels = read_log(out), {}
+    return plt
+
+
+def plot_curves(out):
+    """curves.png from log.jsonl: a panel per quantity; "kl/ocr" is the line "ocr" of the panel "kl"."""
+    rows, panels, plt = read_log(out), {}, pyplot()
     for key in dict.fromkeys(key for row in rows for key in row):
         if key not in ("step", "seconds", "memory_gb", "kl_by_sigma"):
             panels.setdefault(key.split("/")[0], []).append(key)
     if not panels:
         return
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.8), squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels.items()):
         for key in keys:
             steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row])
-            marker = "o" if len(steps) < 20 else None
-            axis.plot(steps, values, label=key.partition("/")[2] or title, marker=marker, markersize=3)
-        axis.set_title(title)
-        axis.set_xlabel("rollouts")
+            axis.plot(steps, values, label=key.partition("/")[2] or title, marker=".", markersize=3)
+        axis.set(title=title, xlabel="rollouts")
         axis.grid(alpha=0.3)
-        if len(keys) > 1:
-            axis.legend(fontsize=7)
-        if title.startswith(("kl", "distance")) and all(min(line.get_ydata()) > 0 for line in axis.lines):
+        axis.legend(fontsize=7)
+        if title in ("kl", "distance"):
             axis.set_yscale("log")
     figure.tight_layout()
     figure.savefig(os.path.join(out, "curves.png"), dpi=90)
@@ -1778,33 +1677,23 @@ def draw_rows(run, rows, prompts):
 
 def save_grid(path, rows, captions):
     """A picture grid: rows {label: N pictures (3, H, W)}, the same N captions over every column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    n, side = len(captions), min(2.56, max(1.0, next(iter(rows.values()))[0].shape[-1] / 100))  # inches
-    size = 1.1 + n * side, 0.5 + len(rows) * side
-    figure, axes = plt.subplots(
-        len(rows), n, figsize=size, squeeze=False, gridspec_kw=dict(wspace=0.04, hspace=0.04)
-    )
-    figure.subplots_adjust(
-        left=1.05 / size[0], right=1 - 0.02 / size[0], bottom=0.02 / size[1], top=1 - 0.46 / size[1]
-    )
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    plt, n = pyplot(), len(captions)
+    pixels = next(iter(rows.values()))[0].shape[-1]
+    side = min(2.56, max(1.0, pixels / 100))  # of a picture, in inches
+    width, height = 1.1 + n * side, 0.5 + len(rows) * side
+    figure, axes = plt.subplots(len(rows), n, figsize=(width, height), squeeze=False)
+    edges = dict(left=1.05 / width, right=1 - 0.02 / width, bottom=0.02 / height, top=1 - 0.46 / height)
+    figure.subplots_adjust(**edges, wspace=0.04, hspace=0.04)
     for axis, caption in zip(axes[0], captions):
-        lines = textwrap.wrap(caption, int(17 * side))[:3]
-        axis.set_title("\n".join(lines), fontsize=7, pad=3)
+        axis.set_title("\n".join(textwrap.wrap(caption, int(17 * side))[:3]), fontsize=7, pad=3)
     for line, (label, images) in zip(axes, rows.items()):
-        line[0].set_ylabel(
-            textwrap.fill(label, 16), fontsize=8, rotation=0, ha="right", va="center", labelpad=6
-        )
+        line[0].set_ylabel(textwrap.fill(label, 16), fontsize=8, rotation=0, ha="right", va="center")
         for axis, image in zip(line, images):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             if image.isfinite().all():
                 axis.imshow(image.movedim(0, -1).cpu().numpy(), interpolation="nearest")
             else:
-                axis.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=7)
+                axis.set_title("not finite", y=0.4, fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)

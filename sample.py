@@ -131,7 +131,6 @@ if batches or args.merge:
     model = load_model(args, accelerator.device)
     if args.lora:
         model.load_adapter("lora", args.lora)
-    model.note_long(texts)
 accelerator.wait_for_everyone()  # all have read what is there, and nothing was refused, before anyone writes
 if rank == 0:
     for file in others:

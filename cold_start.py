@@ -82,6 +82,7 @@ add("--gradient-checkpointing", action="store_true", help="the same gradients, l
 add("--compile", action="store_true", help="torch.compile: slow at first, then faster on a GPU")
 add("--seed", type=int, default=0, help="of everything drawn")
 add("--save-every", type=int, default=50, help="updates between checkpoints")
+add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)

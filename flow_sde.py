@@ -1341,12 +1341,12 @@ class Run:
         return self.stop.arrived(self.device)
 
     def report(self, record):
-        """A line of log.jsonl, and of the tracker; numbers that are not finite are left out."""
-        record = {
-            key: value
-            for key, value in record.items()
-            if not isinstance(value, float) or math.isfinite(value)
-        }
+        """A line of log.jsonl, and of the tracker, without numbers that are not finite; `skipped` counts the
+        updates skipped in a row."""
+        broken = [key for key, value in record.items() if value != value or value in (math.inf, -math.inf)]
+        record = {key: value for key, value in record.items() if key not in broken}
+        if self.skipped:
+            record["skipped"] = self.skipped
         if self.args.track:
             numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
             self.accelerator.log(numbers, step=record["step"])
@@ -1392,7 +1392,7 @@ class Run:
         replace_folder(temporary, os.path.join(root, f"{step:06d}"))
         steps = saved_steps(self.out)
         later = [saved for saved in steps if int(saved) > step]  # of a run that went further before
-        for old in later + [saved for saved in steps if int(saved) <= step][:-2]:
+        for old in later + [saved for saved in steps if int(saved) <= step][: -self.args.keep]:
             shutil.rmtree(os.path.join(root, old), ignore_errors=True)  # someone may read it
 
     def end(self, message):
@@ -1413,18 +1413,15 @@ class Run:
         chosen, state = -1, {"step": 0}
         if self.rank == 0 and folders:
             chosen, state = first_whole(folders, resume)
-        chosen, step = reduce_sum(
-            torch.tensor([chosen, state["step"]], device=self.device) * (self.rank == 0)
-        ).tolist()
+        first = torch.tensor([chosen, state["step"]], device=self.device) * (self.rank == 0)
+        chosen, step = reduce_sum(first).tolist()  # the first process's
         if chosen < 0:
             return 0
         if self.rank != 0:
             _, state = first_whole(folders[chosen : chosen + 1], resume)
         seen = reduce_sum(torch.tensor(state["step"], device=self.device)).item()
-        shared = (
-            f"--resume {resume}: the processes find different checkpoints; their machines must share them"
-        )
-        check(seen == step * self.world, shared)
+        shared = "the processes find different checkpoints; their machines must share the folder"
+        check(seen == step * self.world, f"--resume {resume}: {shared}")
         theirs, ours = state["identity"], self.identity
         changed = [name for name in sorted(ours.keys() | theirs.keys()) if theirs.get(name) != ours.get(name)]
         differences = "; ".join(f"{n} was {theirs.get(n)!r}, now {ours.get(n)!r}" for n in changed)
@@ -1450,7 +1447,7 @@ class Run:
 
 def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
-    free = {"steps", "out", "resume", "track", "save_every", "compile"}
+    free = {"steps", "out", "resume", "track", "save_every", "keep", "compile"}
     free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option", "compare"}
     free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
@@ -1507,7 +1504,7 @@ def claim_folder(out, accelerator=None, resume="auto", init=None):
     check(not inside, f"--init {init}: lies in --out {out}, which this run writes; give another --out")
     if accelerator is None or accelerator.is_main_process:
         lock_folder(out)
-        steps = saved_steps(out)
+        steps = [step for step in saved_steps(out) if int(step) > 0]  # a run that made nothing may go
         last = os.path.join(out, "checkpoints", steps[-1]) if steps else os.path.join(out, "lora")
         continues = resume == "auto" or resume and os.path.realpath(resume) == os.path.realpath(last)
         ways = "--resume auto continues it; else delete the folder, or give another --out"

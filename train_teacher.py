@@ -110,6 +110,7 @@ add("--eval-every", type=int, default=50, help="rollouts between validations and
 add("--eval-num-steps", type=int, default=40, help="sampling steps of a validation (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward of a validation")
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
+add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)

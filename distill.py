@@ -39,7 +39,7 @@ from tqdm import tqdm
 # isort: off
 from flow_sde import WEIGHTINGS, clipped_surrogate, generators, kl_weight, log_prob, randn, rollout
 from flow_sde import step_weights, training_sigmas, transition, update_average, velocity_distance
-from flow_sde import by_task, load_model, merge_loras, merge_ties, save_lora, take_rows
+from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, take_rows
 from flow_sde import TOY_DIR, Run, check, descend, draw_rows, load_prompts, parse_args, parse_specs
 from flow_sde import parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given, save_grid
 from flow_sde import split_options, write_json
@@ -162,7 +162,9 @@ shares = {task: teacher["weight"] for task, teacher in teachers.items()}  # of t
 if args.init == "merge" or args.compare:
     full = ", ".join(model.full)
     check(not model.full, f"--init merge, --compare: {full} is a full fine-tune; only LoRAs can be merged")
-    loras = {task: model.lora(task) for task in teachers}
+    loras = {}
+    for task, teacher in teachers.items():
+        loras[task] = read_lora(teacher["value"], model.transformer, type(model.pipe))
     total = sum(shares.values())
 if args.init == "merge":
     model.add_adapter("student", merge_loras([(loras[task], shares[task] / total) for task in teachers]))
@@ -182,6 +184,8 @@ if args.compile:
     model.compile()
 guidance = {task: teacher["guidance"] for task, teacher in teachers.items()}
 guidance[anchor] = anchor_options["guidance"]
+
+targets = [*teachers, anchor]  # whose velocities the student is taught
 
 # The schedule: a step is named by its t. Whatever sampled the states, the KL is that of the flow-SDE.
 sigmas = training_sigmas(model.sigmas(args.num_steps, args.resolution))
@@ -262,16 +266,17 @@ def ppo_updates(memory, step):
     return norm
 
 
-def culprit(record, velocity_sum):
-    """What is not finite, if the gradient is not."""
-    if not math.isfinite(velocity_sum):
-        return "the student"
-    broken = [key.partition("/")[2] for key, value in record.items() if not math.isfinite(value)]
-    names = [f"the teacher of {name}" if name in teachers else "the anchor" for name in dict.fromkeys(broken)]
-    return " and ".join(names) or "the student's gradient"
+def culprit(velocity_sums):
+    """Who is not finite at the first step where someone is. velocity_sums: (targets and student, steps)."""
+    for sums in velocity_sums.T.tolist():
+        broken = [name for name, value in zip([*targets, "student"], sums) if not math.isfinite(value)]
+        if broken:
+            return " and ".join(
+                f"the teacher of {name}" if name in teachers else f"the {name}" for name in broken
+            )
+    return "the student's gradient"
 
 
-learnt_from = [*teachers, anchor]  # whose distances are logged
 columns = max(1, 8 // len(prompts))  # of the grid, for each task
 grid_rows = [(task, row) for task, rows in (eval_prompts or prompts).items() for row in rows[:columns]]
 shown = {"base": "base"} | {merge: merge for merge in args.compare} | {"start": "start", "student": "ema"}
@@ -306,8 +311,8 @@ for step in range(first_step, args.steps):
     conds = model.encode([row["prompt"] for _, row in batch])
     labelled = labelled_steps(step)
     memory = []  # ppo only: what is learnt when the rollout is done
-    distances = torch.zeros(len(learnt_from), label_count, device=device)  # for the log
-    velocity_sum = torch.zeros((), device=device)
+    distances = torch.zeros(len(targets), label_count, device=device)  # for the log
+    velocity_sums = torch.zeros(len(targets) + 1, label_count, device=device)  # to see who is not finite
 
     for i in range(0, samples, args.micro_batch_size):
         part = slice(i, i + args.micro_batch_size)
@@ -340,10 +345,14 @@ for step in range(first_step, args.steps):
                 kl = w[t] * distance
                 advantage = log_ratio + kl if args.objective == "ppo" else -kl
                 memory.append((x, t, t_next, x_next, old, advantage * dimensions, v_anchor, cond))
+            k = labelled.index(t)
             for task, rows in by_task(tasks):
-                distances[learnt_from.index(task), labelled.index(t)] += distance[rows].detach().sum()
-            distances[-1, labelled.index(t)] += anchor_distance.detach().sum()
-            velocity_sum += v.detach().sum()
+                distances[targets.index(task), k] += distance[rows].detach().sum()
+                velocity_sums[targets.index(task), k] += v_teacher[rows].sum()
+            velocity_sums[-1, k] += v.detach().sum()
+            if v_anchor is not None:
+                distances[-1, k] += anchor_distance.detach().sum()
+                velocity_sums[-2, k] += v_anchor.sum()
             if t == labelled[-1]:  # where the rest of the trajectory leads is not asked
                 break
     if run.stopping():  # all processes give up the rollout in hand; --resume auto makes it again
@@ -365,11 +374,11 @@ for step in range(first_step, args.steps):
     w_labelled = torch.tensor([w[t] for t in labelled], device=device)
     picked_tasks = [task for task, _ in picked]
     record = {}
-    for name, distance, kl in zip(learnt_from, mean.sum(1).tolist(), (mean * w_labelled).sum(1).tolist()):
+    for name, distance, kl in zip(targets, mean.sum(1).tolist(), (mean * w_labelled).sum(1).tolist()):
         count = args.group_size * picked_tasks.count(name) if name in teachers else samples * world
         if count and name != "none":
             record |= {f"distance/{name}": distance / count, f"kl/{name}": kl / count}
-    run.count_skipped(norm, culprit(record, reduce_sum(velocity_sum).item()))
+    run.count_skipped(norm, culprit(reduce_sum(velocity_sums)))
     record = {"step": step + 1} | record | {"grad_norm": norm, "seconds": time.perf_counter() - began}
     if device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -523,6 +523,10 @@ class Model:
     def train_adapter(self, name):
         """Make this adapter the only one with gradients; returns its parameters (float32)."""
         self.trained = name
+        source = f"{name} ({self.sources[name]})"
+        loras = self.lora(name).values()
+        learns = any(alpha and (A.any() or B.any()) for A, B, alpha in loras)
+        check(learns, f"{source}: nothing can be learnt from it: its alpha is 0, or its weights are")
         for other, params in self.adapters.items():
             for p in params:
                 p.requires_grad_(other == name)
@@ -770,6 +774,8 @@ def read_lora(path, network, pipeline):
     if missing:
         wrong.append(f"{len(missing)} layers that its settings target have no weights: {listing(missing)}")
     check(not wrong, f"{path}: {listing(wrong)}")
+    if not any(alpha and A.any() and B.any() for A, B, alpha in lora.values()):
+        say(f"note: {path} changes nothing: its alpha is 0, or one of its matrices is")
     if config is None and default is None and not any(key.endswith(".alpha") for key in tensors):
         say(f"note: {path} does not give its alpha; taken as its rank, as diffusers does")
     return lora
@@ -1038,6 +1044,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+class Unbroken:
+    """An output stream whose reader may leave (`| head -1`): the run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def parse_args(parser, toy):
     """Parse the command line. Without --model, the defaults are `toy`: the embedded model with settings that
     fit it; what neither gives is the default of the model's family. parser.given: the flags typed."""
@@ -1045,6 +1068,7 @@ def parse_args(parser, toy):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
+    sys.stdout = Unbroken(sys.stdout)
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
     settings = " ".join(f"{name.replace('_', '-')}={value}" for name, value in toy.items())
     parser.epilog = textwrap.fill(f"Without --model, other defaults: {settings}", 110)

@@ -377,7 +377,7 @@ def score(reward, name, task, pictures):
 
 
 def guarded(work, *details):
-    """A bug or a full disk in a thread ends the program, when the other threads can be left."""
+    """Do one thread's work. Its error ends the program, once the other threads have stopped."""
     try:
         work(*details)
     except BaseException as error:

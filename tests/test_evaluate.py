@@ -251,20 +251,21 @@ def test_a_pictures_own_fault_says_nothing_of_the_next(tmp_path, fake, capsys):
 
 
 def test_lines_that_are_not_ours_are_skipped(tmp_path, fake):
-    argv = folder_argv(tmp_path, rows_of(2), f"{fake}.ocr")
+    argv = folder_argv(tmp_path, rows_of(3), f"{fake}.ocr")
     run(*argv)
     before = table(tmp_path / "out")
     scores = next((tmp_path / "out").rglob("scores.0.jsonl"))
     ours = json.loads(scores.read_text().splitlines()[-1])
     junk = ["null", "{}", "7", "[1]", '{"step": 3, "loss": 0.1}', "[" * 200_000, "\0\0", "cut {"]
-    for change in ({"score": None}, {"score": "5"}, {"score": math.nan}, {"score": True}, {"reward": []}):
-        junk.append(json.dumps(ours | change))
+    for picture, score in enumerate((None, "5", math.nan)):
+        junk.append(json.dumps(ours | {"picture": picture, "score": score}))
+    junk.append(json.dumps(ours | {"reward": []}))
     with open(scores, "ab") as f:
         f.write("\n".join(junk).encode() + b"\n\xff\xfe\n")
     run(*argv)
     assert table(tmp_path / "out") == before
     [merged] = (tmp_path / "out").rglob("scores*.jsonl")
-    assert len(merged.read_text().splitlines()) == 2
+    assert len(merged.read_text().splitlines()) == 3
 
 
 def test_a_broken_picture_is_drawn_again(tmp_path):

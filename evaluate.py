@@ -193,7 +193,7 @@ def read_scores(name, task):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
-                if type(row["score"]) in (int, float) and math.isfinite(row["score"]):
+                if math.isfinite(row["score"]):
                     scores[row["reward"], row["picture"]] = row["score"]
     return scores
 

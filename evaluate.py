@@ -193,7 +193,7 @@ def read_scores(name, task):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
-                if type(row["score"]) in (int, float) and math.isfinite(row["score"]):
+                if math.isfinite(row["score"]):
                     scores[row["reward"], row["picture"]] = row["score"]
     return scores
 
@@ -376,7 +376,7 @@ def score(reward, name, task, pictures):
 
 
 def guarded(work, *details):
-    """A bug or a full disk in a thread ends the program, when the other threads can be left."""
+    """Do one thread's work. Its error ends the program, once the other threads have stopped."""
     try:
         work(*details)
     except BaseException as error:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -250,20 +251,21 @@ def test_a_pictures_own_fault_says_nothing_of_the_next(tmp_path, fake, capsys):
 
 
 def test_lines_that_are_not_ours_are_skipped(tmp_path, fake):
-    argv = folder_argv(tmp_path, rows_of(2), f"{fake}.ocr")
+    argv = folder_argv(tmp_path, rows_of(3), f"{fake}.ocr")
     run(*argv)
     before = table(tmp_path / "out")
     scores = next((tmp_path / "out").rglob("scores.0.jsonl"))
     ours = json.loads(scores.read_text().splitlines()[-1])
     junk = ["null", "{}", "7", "[1]", '{"step": 3, "loss": 0.1}', "[" * 200_000, "\0\0", "cut {"]
-    for change in ({"score": None}, {"score": "5"}, {"score": math.nan}, {"score": True}, {"reward": []}):
-        junk.append(json.dumps(ours | change))
+    for picture, score in enumerate((None, "5", math.nan)):
+        junk.append(json.dumps(ours | {"picture": picture, "score": score}))
+    junk.append(json.dumps(ours | {"reward": []}))
     with open(scores, "ab") as f:
         f.write("\n".join(junk).encode() + b"\n\xff\xfe\n")
     run(*argv)
     assert table(tmp_path / "out") == before
     [merged] = (tmp_path / "out").rglob("scores*.jsonl")
-    assert len(merged.read_text().splitlines()) == 2
+    assert len(merged.read_text().splitlines()) == 3
 
 
 def test_a_broken_picture_is_drawn_again(tmp_path):
@@ -382,8 +384,6 @@ def test_bad_pictures_cost_their_own_scores_only(tmp_path, fake, capsys):
     assert "0.500 ± 0.000, 6 missing" in (tmp_path / "out/results.md").read_text()
     data = report_data(tmp_path / "out")
     assert [row["pictures"]["theirs"][0]["scores"]["ocr"] for row in data["prompts"]] == [None, 1] * 6
-    ]
-    assert shown == [None, 1] * 6
 
 
 def test_pictures_that_are_not_finite_are_not_scored(tmp_path, monkeypatch, capsys):
@@ -466,3 +466,40 @@ def test_a_bad_picture_costs_its_prompts_diversity(tmp_path, fake):
     [row] = table(tmp_path / "out")
     assert row["missing"] == {"ocr": 1, "diversity": 1}
     assert row["scores"]["diversity"] == pytest.approx(20 / 255 / 3**0.5, abs=0.01)
+
+
+# -- sample.py -----------------------------------------------------------------------------------------------
+
+
+def test_sample_draws_broken_pictures_again(tmp_path):
+    flags = dict(num_images=1, num_steps=1, out=tmp_path)
+    run("sample.py", **flags)
+    files = sorted(tmp_path.glob("0*.png"))
+    before = [file.read_bytes() for file in files]
+    for file, data in zip(files, (b"", before[1][:-20], bytes(len(before[2]))), strict=True):
+        file.write_bytes(data)
+    run("sample.py", **flags)
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("limit", [100, 2000])
+def test_merge_on_a_full_disk(limit, loras, tmp_path, monkeypatch):
+    """In bytes of a file: at 100 the disk is full for Python, at 2,000 for safetensors."""
+    import flow_sde
+
+    save, (soft, hard) = flow_sde.SD3.save_pipeline, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    flags = dict(lora=loras["ocr"], num_images=1, num_steps=1, out=tmp_path / "out", merge=tmp_path / "alone")
+    with monkeypatch.context() as full:
+        full.setattr(flow_sde.SD3, "save_pipeline", limited)
+        message = refused("sample.py", **flags)
+    assert f"--merge {tmp_path}/alone: could not be written" in message and "File too large" in message
+    run("sample.py", **flags)
+    assert (tmp_path / "alone/model_index.json").exists()

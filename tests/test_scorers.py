@@ -425,6 +425,10 @@ WRONG = [
     ("a=http://h:99999/x", [], "Port out of range"),
     ("a=http://[::1/x", [], "Invalid IPv6"),
     ("qwenvl=openai+http://x", ["qwenvl.max_tokens=-1"], "at least 0"),
+    ("qwenvl=openai+http://x", ["qwenvl.image=GIF"], "PNG or JPEG"),
+    ("diversity=http://x", [], "its own column diversity"),
+    ("mine.average=http://x", [], "its own column average"),
+    ("a=http://me:secret@h:99999", [], r"a=http://\*\*\*@h:99999: Port"),
 ]
 
 
@@ -479,6 +483,9 @@ def test_cached_scores_are_of_the_same_weights_servers_and_versions(tmp_path, mo
     assert of("deqa=http://a/x") == of("deqa=http://a/x/", "deqa.timeout=9", "deqa.retries=0")
     urls = "http://a/x", "http://b/x", "http://a:9/x", "http://a/y", "pickle+http://a/x"
     assert len({of(f"deqa={url}") for url in urls}) == 5
+    assert of("deqa=http://me:secret@a/x") == of("deqa=http://***@a/x") and "secret" not in of(
+        "deqa=http://me:secret@a/x"
+    )
     assert of("qwenvl=openai+http://a/v1") != of("qwenvl=openai+http://a/v1", "qwenvl.model=another")
     (tmp_path / "model").mkdir()
     option = f"clipscore.model={tmp_path}/model"

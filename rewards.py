@@ -18,7 +18,7 @@ package, a model or a server is missing, it raises Unavailable. Two attributes a
 In the scripts, `--reward` takes NAME[@TASK][=WEIGHT][,URL] ..., and --reward-option a reward's options:
 
     geneval=0.8 qwenvl=0.2,openai+http://localhost:8000/v1 # weights; a judge at an OpenAI-compatible endpoint
-    taste=http://localhost:9000             # your own server: `served` says what it gets and answers
+    taste=http://localhost:9000             # your own server; scorers/servers.py has its protocol
     deqa=pickle+http://localhost:18086      # Flow-GRPO's reward servers
     toy.ocr mine.smile                      # the function `ocr` of toy/, `smile` of mine.py
     --reward-option mine.smile.model=DIR qwenvl.timeout=30 qwenvl.prompt=@prompt.txt
@@ -28,8 +28,6 @@ Rewards and tasks meet by name: a reward called like a task (`ocr`, `toy.ocr`, `
 """
 
 import ast
-import asyncio
-import base64
 import contextlib
 import functools
 import importlib
@@ -40,10 +38,7 @@ import io
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
-import reprlib
 import symtable
 import sys
 import threading
@@ -289,130 +284,6 @@ ocr.check, ocr.package = check_ocr, "rapidocr"
 REWARDS = {"jpeg": jpeg, "ocr": ocr}  # `load_reward` finds the others
 
 
-# -- reward servers ------------------------------------------------------------------------------------------
-
-
-def served(images, prompts, metadata, url, name, timeout=120.0, retries=3):
-    """Your own server, --reward NAME=http://HOST:PORT/PATH. It gets {"reward": NAME, "images": [PNG in
-    base64, ...], "prompts": [...], "metadata": [...]} as JSON by POST, and answers {"scores": [a number a
-    picture, or null for no score]}."""
-    pictures = [base64.b64encode(encoded(p)).decode() for p in pil(images)]
-    question = {"reward": name, "images": pictures, "prompts": prompts, "metadata": metadata}
-    answer = asyncio.run(post_json(url, question, timeout, retries))
-    return numbers(answer, "scores", len(images), url)
-
-
-def served_pickle(images, prompts, metadata, url, name, timeout=120.0, retries=3):
-    """Flow-GRPO's servers (yifan123/reward-server), --reward NAME=pickle+http://HOST:PORT: pickled JPEGs go,
-    a pickle comes, of which plain values alone are read: a reply that names any class or function is refused.
-    `geneval` takes its "scores", `geneval_strict` its "rewards" (the official verdicts), any other name
-    "outputs"."""
-    question = {"images": [encoded(p, "JPEG") for p in pil(images)], "prompts": list(prompts)}
-    question |= {"meta_datas": list(metadata), "only_strict": False}
-    headers = {"Content-Type": "application/octet-stream"}
-    reply = asyncio.run(post(url, pickle.dumps(question), headers, timeout, retries))
-    try:
-        for opcode, argument, _ in pickletools.genops(reply):
-            if "PUT" in opcode.name and argument > len(reply):
-                raise RewardError("refused a pickle whose memo would take all memory")
-        answer = PlainUnpickler(io.BytesIO(reply)).load()
-    except RewardError as error:
-        raise RewardError(f"{url}: {error}") from error
-    except Exception as error:  # a broken pickle can raise anything
-        raise RewardError(f"{url}: a reply that is no pickle of plain values") from error
-    key = {"geneval": "scores", "geneval_strict": "rewards"}.get(name, "outputs")
-    return numbers(answer, key, len(images), url)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. What would import something is refused, so no code can run."""
-
-    def find_class(self, module, name):
-        raise RewardError(f"refused a pickle that names {module}.{name}")
-
-
-def numbers(answer, key, count, url):
-    """A server's scores, one a picture: a finite number, or NaN for null. -> (B,)"""
-    values = answer.get(key) if isinstance(answer, dict) else None
-    fits = isinstance(values, (list, tuple)) and len(values) == count
-    if fits:
-        values = [math.nan if value is None else value for value in values]
-        fits = all(isinstance(value, (int, float)) and not abs(value) >= 1e30 for value in values)
-    if not fits:
-        raise RewardError(f"{url}: answered {reprlib.repr(values)}, not {count} finite numbers")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-LARGEST = 2**26  # bytes of an answer
-
-
-async def post_json(url, data, timeout, retries, headers=None):
-    """POST of JSON; the answer's JSON."""
-    headers = {"Content-Type": "application/json"} | (headers or {})
-    reply = await post(url, json.dumps(data).encode(), headers, timeout, retries)
-    try:
-        return json.loads(reply)
-    except (ValueError, RecursionError) as error:
-        raise RewardError(f"{url}: answered {reply[:200]!r}, which is not JSON") from error
-
-
-async def post(url, body, headers, timeout, retries):
-    """POST; the answer's bytes. `timeout` seconds bound a whole attempt, however slowly the server drips.
-    After a failure that may pass (no connection, no answer in time, 408, 429, 5xx) it waits as long as the
-    server asks, or 1, 2, 4, ... seconds, and tries again, `retries` times; then Unavailable."""
-    need("httpx2")
-    import httpx2
-
-    for attempt in range(retries + 1):
-        pause = 2**attempt
-        try:
-            response, reply = await asyncio.wait_for(post_once(url, body, headers), timeout)
-        except asyncio.TimeoutError:
-            problem = f"no whole answer in {timeout:g} seconds"
-        except (httpx2.HTTPError, OSError) as error:
-            problem = str(error) or type(error).__name__
-        else:
-            if response.is_success:
-                return reply
-            said = " ".join(reply.decode(errors="replace").split())
-            problem = f"HTTP {response.status_code} {response.reason_phrase}: {said[-300:]}"
-            if response.status_code not in (408, 429) and response.status_code < 500:
-                break
-            asked = re.fullmatch(r"\d{1,9}", response.headers.get("Retry-After", ""))
-            pause = min(int(asked[0]), 600) if asked else pause
-        if attempt < retries:
-            await asyncio.sleep(pause)
-    raise Unavailable(f"{url}: {problem} (attempts: {attempt + 1})")
-
-
-async def post_once(url, body, headers):
-    """POST; (response, its bytes). Pictures and keys go where the user sent them: no redirect is followed,
-    and what is sent to this machine passes no proxy."""
-    import httpx2
-
-    host = urllib.parse.urlsplit(url).hostname or ""
-    here = host in ("localhost", "::1") or host.startswith("127.")
-    try:
-        client = httpx2.AsyncClient(timeout=None, trust_env=not here, verify=certificates())
-    except (ImportError, ValueError) as error:
-        raise Unavailable(f"{url}: the environment's proxy cannot be used ({first_line(error)})") from error
-    reply = b""
-    async with client, client.stream("POST", url, content=body, headers=headers) as response:
-        async for part in response.aiter_bytes():
-            reply += part
-            if len(reply) > LARGEST:
-                raise RewardError(f"{url}: an answer of more than {LARGEST / 2**20:g} MB")
-    return response, reply
-
-
-@functools.cache
-def certificates():
-    """Whom HTTPS trusts; to read it takes a tenth of a second."""
-    import httpx2
-
-    return httpx2.create_ssl_context()
-
-
 # -- the flags --reward and --reward-option ------------------------------------------------------------------
 
 
@@ -427,7 +298,7 @@ SPEC = re.compile(
     r"(?P<name>[\w.-]+)(?:@(?P<task>[\w-]+))?(?:=(?P<weight>\d+\.?\d*|\.\d+))?"
     r"(?:[=,](?P<kind>pickle\+|openai\+|)(?P<url>https?://[^\s/]\S*))?"
 )
-SERVERS = {"": served, "pickle+": served_pickle}
+SERVERS = {"": "scorers.servers.served", "pickle+": "scorers.servers.served_pickle"}
 OWN_COLUMNS = "average", "diversity"  # of evaluate.py
 NO_SCORE = {}  # {a judge's url: why its last answer without a score was none}
 
@@ -448,7 +319,7 @@ def parse_rewards(specs, options=()):
         name = full_name.rpartition(".")[2]
         check(name not in rewards, f"--reward {spec}: {name} is given twice")
         check(name not in OWN_COLUMNS, f"--reward {spec}: evaluate.py has its own column {name}")
-        function, fixed = SERVERS.get(kind) or load_reward(full_name), {}
+        function, fixed = load_reward(SERVERS.get(kind, full_name)), {}
         if kind in SERVERS:
             fixed["name"] = name
         if url:
@@ -571,7 +442,7 @@ def identity(name, function):
             parts[key] = fingerprint(value)
     if "url" in parts:
         parts |= {"url": masked(parts["url"]), "protocol": function.func.__name__}
-    if "." in name and function.func not in SERVERS.values():
+    if "." in name and function.func.__module__ != "scorers.servers":
         parts["module"] = fingerprint(module_file(name.rpartition(".")[0]))
     package = getattr(function.func, "package", None)
     if package and importlib.util.find_spec(package):
@@ -639,7 +510,7 @@ def score_batch(images, batch, rewards, tasks):
         if not indices:
             continue
         metadata = [batch[i][1] for i in indices]
-        where = f"for {metadata[0]['prompt']!r} or one beside it"
+        where = f"for {metadata[0]['prompt']!r} or another of its batch"
         if not images[indices].isfinite().all():
             raise RewardError(f"{name}: a picture is not finite, {where}")
         try:

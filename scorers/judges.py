@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from flow_sde import listing
-from rewards import NO_SCORE, RewardError, Unavailable, encoded, masked, pil, post_json
+from rewards import NO_SCORE, RewardError, Unavailable, encoded, masked, pil
+from scorers.servers import post_json
 
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 ASK_LEVEL = (
@@ -187,7 +188,7 @@ async def chat(url, model, text, picture, image, timeout, retries, **options):
         raise Unavailable("REWARD_API_KEY holds a space, a line break, or a letter that is not ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     where = urllib.parse.urlsplit(url)
-    where = where._replace(path=where.path + "/chat/completions").geturl()
+    where = where._replace(path=where.path.rstrip("/") + "/chat/completions").geturl()
     request = {"model": model, "messages": messages} | options
     answer = await post_json(where, request, timeout, retries, headers)
     try:

@@ -128,7 +128,7 @@ def test_ocr_reads_drawn_text():
     assert rewards.ocr(images[0][None], ['A sign that says "Zulu Quiz"']).item() < 0.5
 
 
-@pytest.mark.parametrize("kind, count, least", [(realistic, 10, 0.99), (laid_out, 10, 0.98)])
+@pytest.mark.parametrize("kind, count, least", [(realistic, 10, 0.98), (laid_out, 10, 0.98)])
 def test_ocr_reads_in_the_order_of_people(kind, count, least):
     images, texts = zip(*kind(count))
     scores = rewards.ocr(torch.stack(images), [f'a sign that says "{text}"' for text in texts])

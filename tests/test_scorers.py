@@ -11,7 +11,7 @@ from conftest import clip_tokenizer, small_clip
 from PIL import Image
 
 import rewards
-from scorers import judges, preference
+from scorers import judges, preference, servers
 
 PROMPTS = ["a red fox", "two cats and a very long list of other animals that goes on"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -451,12 +451,12 @@ def test_specs(tmp_path):
     deqa, mine, geneval = (chosen[name].function for name in ("deqa", "mine", "geneval"))
     assert deqa.func is judges.deqa
     assert deqa.keywords == {"url": "https://h:1/v1", "timeout": 3.0, "prompt": "Rate {prompt}"}
-    assert mine.func is rewards.served and mine.keywords == {
+    assert mine.func is servers.served and mine.keywords == {
         "url": "http://h/x",
         "name": "mine",
         "retries": 0,
     }
-    assert geneval.func is rewards.served_pickle
+    assert geneval.func is servers.served_pickle
 
 
 def test_rewards_of_a_task():

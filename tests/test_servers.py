@@ -1,6 +1,7 @@
 """Reward servers and judges on loopback: good ones, and slow, wrong, garbled, hostile and absent ones, each
 met with the right error in time."""
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -21,7 +22,7 @@ from conftest import few, refused, run
 from PIL import Image
 
 import rewards
-from scorers import judges
+from scorers import judges, servers
 
 PROMPTS = ["a dog", "a cat", "a fox"]
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def waits(monkeypatch):
     async def note(seconds):
         noted.append(seconds)
 
-    monkeypatch.setattr(rewards.asyncio, "sleep", note)
+    monkeypatch.setattr(asyncio, "sleep", note)
     return noted
 
 
@@ -237,7 +238,7 @@ def test_waiting_for_a_reward_ends_with_the_signal(serve):
 
 
 def test_a_huge_answer_is_not_swallowed(serve, monkeypatch):
-    monkeypatch.setattr(rewards, "LARGEST", 1000)
+    monkeypatch.setattr(servers, "LARGEST", 1000)
     with pytest.raises(rewards.RewardError, match="more than"):
         score(f"taste={serve(b'1' * 5000)}")
 
@@ -356,7 +357,7 @@ def test_judges(serve, monkeypatch, tmp_path):
     assert seen[-1][1]["max_completion_tokens"] == 77 and "max_tokens" not in seen[-1][1]
     score(f"qwenvl=openai+{url}/v1", "qwenvl.max_tokens=50")
     assert seen[-1][1]["max_tokens"] == 50
-    score(f"qwenvl=openai+{url}/v1?version=2")
+    score(f"qwenvl=openai+{url}/v1/?version=2")
     assert seen[-1][0] == "/v1/chat/completions?version=2"
 
 

@@ -18,7 +18,7 @@ package, a model or a server is missing, it raises Unavailable. Two attributes a
 In the scripts, `--reward` takes NAME[@TASK][=WEIGHT][,URL] ..., and --reward-option a reward's options:
 
     geneval=0.8 qwenvl=0.2,openai+http://localhost:8000/v1 # weights; a judge at an OpenAI-compatible endpoint
-    taste=http://localhost:9000             # your own server: `served` says what it gets and answers
+    taste=http://localhost:9000             # your own server; scorers/servers.py has its protocol
     deqa=pickle+http://localhost:18086      # Flow-GRPO's reward servers
     toy.ocr mine.smile                      # the function `ocr` of toy/, `smile` of mine.py
     --reward-option mine.smile.model=DIR qwenvl.timeout=30 qwenvl.prompt=@prompt.txt
@@ -28,8 +28,6 @@ Rewards and tasks meet by name: a reward called like a task (`ocr`, `toy.ocr`, `
 """
 
 import ast
-import asyncio
-import base64
 import contextlib
 import functools
 import importlib
@@ -40,9 +38,8 @@ import io
 import json
 import math
 import os
-import pickle
 import re
-import reprlib
+import symtable
 import sys
 import threading
 import typing
@@ -106,6 +103,11 @@ def read_picture(file):
     return torch.from_numpy(pixels).movedim(-1, 0).float().div_(255)
 
 
+def masked(text):
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r"(https?://)[^/\s@]*@", r"\1***@", text)
+
+
 def need(*packages):
     """Refuse to go on without these packages."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -136,13 +138,13 @@ def ocr(images, prompts, metadata=None, language=""):
     """Text rendering. 1 - min(edit distance, n) / n between the text read and the prompt's quoted text of n
     letters, case, spaces and the typography of quotes, dashes and accents ignored, a substring is perfect; in
     [0, 1]. The first text in straight double quotes counts, without one the first in other quotes. Needs
-    rapidocr and onnxruntime (PP-OCR's models, Apache-2.0, come with it, for Latin, Greek, Chinese and
-    Japanese); `language` names another of its recognisers, which it downloads: arabic, cyrillic, devanagari,
-    korean, ta, te or th."""
+    rapidocr and onnxruntime (PP-OCR's models, Apache-2.0, come with it, for Latin, Chinese, Japanese, and
+    Greek without accents); `language` names another of its recognisers, which it downloads: arabic, cyrillic,
+    devanagari, el (Greek), korean, ta, te or th."""
     engine = load_ocr(language)
 
     def read(picture):
-        found = engine(np.array(picture))
+        found = engine(widened(np.array(picture)))
         if found.boxes is None:
             return ""
         return "".join(found.txts[i] for i in reading_order(np.array(found.boxes)))
@@ -151,6 +153,14 @@ def ocr(images, prompts, metadata=None, language=""):
     with ThreadPoolExecutor(cores) as pool:
         texts = list(pool.map(read, pil(images)))
     return torch.tensor(list(map(text_score, texts, prompts)), dtype=torch.float32)
+
+
+def widened(pixels):
+    """(H, W, 3) with its edges repeated until no side is shorter than 32 or a quarter of the other: the
+    engine enlarges the shorter one to 736 pixels, which makes gigabytes of a strip."""
+    least = max(32, max(pixels.shape) // 4)
+    missing = [max(0, least - side) for side in pixels.shape[:2]]
+    return np.pad(pixels, [(0, missing[0]), (0, missing[1]), (0, 0)], mode="edge")
 
 
 @remembered
@@ -176,15 +186,19 @@ def load_ocr(language=""):
 
 def reading_order(boxes):
     """The order in which people read the pieces of a text: from the top line to the lowest, each from the
-    left. boxes: (N, 4, 2), corners clockwise from the top left, seen in a frame that is turned by their
-    median slope. A piece is on a line if it overlaps the piece next to it by half the height of the smaller
-    one. -> N numbers"""
+    left. boxes: (N, 4, 2), corners clockwise from the top left. A piece is on a line if it overlaps the piece
+    next to it by half the height of the smaller one. -> N numbers"""
+    sides = np.linalg.norm(np.roll(boxes, -1, axis=1) - boxes, axis=2)  # top, right, bottom, left
+    widths, heights = sides[:, ::2].mean(1), sides[:, 1::2].mean(1)
+    if np.median(heights / widths) >= 1.5:  # as on a book's spine; the engine reads such pieces downwards
+        boxes, widths, heights = np.roll(boxes, -1, axis=1), heights, widths
     along = boxes[:, 1] - boxes[:, 0] + boxes[:, 2] - boxes[:, 3]
-    down = boxes[:, 3] - boxes[:, 0] + boxes[:, 2] - boxes[:, 1]
     slope = np.median(np.arctan2(along[:, 1], along[:, 0]))
-    middles, heights = boxes.mean(1), np.linalg.norm(down, axis=1) / 2
+    middles = boxes.mean(1)  # seen in a frame that is turned by the slope
     x = middles[:, 0] * np.cos(slope) + middles[:, 1] * np.sin(slope)
     y = middles[:, 1] * np.cos(slope) - middles[:, 0] * np.sin(slope)
+    if is_rising_staircase(x, y, widths, heights):
+        return x.argsort().tolist()
     lines = []
     for i in y.argsort(kind="stable"):
         for line in lines:
@@ -198,17 +212,30 @@ def reading_order(boxes):
     return [i for line in lines for i in sorted(line, key=x.__getitem__)]
 
 
-QUOTES = '"([^"]*)"', "“([^”]*)”", "„([^“”]*)[“”]", "«([^»]*)»", "「([^」]*)」"
+def is_rising_staircase(x, y, widths, heights):
+    """Whether at least three pieces stand one right of the other, each higher than the one before. Two may as
+    well be two lines, of which the second begins further left."""
+    order = x.argsort()
+    gaps = np.diff(x[order]) - (widths[order][1:] + widths[order][:-1]) / 2
+    rises = -np.diff(y[order])
+    return len(x) > 2 and gaps.min() > -0.2 * heights.min() and rises.min() > 0.2 * heights.min()
+
+
+QUOTES = re.compile("“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|»([^«]*)«|「([^」]*)」|『([^』]*)』")
 TYPEWRITER = {"'": "‘’‚‛′`´", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "/": "⁄"}
 PLAIN = {ord(sign): plain for plain, signs in TYPEWRITER.items() for sign in signs}
 
 
 def quoted_text(prompt):
-    """The text that a prompt asks for: the first in straight quotes (Flow-GRPO's rule), or else in others."""
-    for pair in QUOTES:
-        found = re.search(pair, prompt)
-        if found and found[1].strip():
-            return found[1]
+    """The text that a prompt asks for: the first in straight quotes (Flow-GRPO's rule), or else the first in
+    others. A straight quote after a digit opens nothing: it is that of 12 inches."""
+    straight = re.findall(r'(?<!\d)"([^"]*)("?)', prompt)
+    if straight and not straight[-1][1]:
+        raise ValueError(f"an ocr prompt with an odd double quote, opened and not closed: {prompt!r}")
+    texts = [text for text, _ in straight] + ["".join(groups) for groups in QUOTES.findall(prompt)]
+    for text in texts:
+        if text.strip():
+            return text
     raise ValueError(f"an ocr prompt needs its text in double quotes: {prompt!r}")
 
 
@@ -242,7 +269,7 @@ def check_ocr(row, language=""):
         if letter.isalpha() and letter.casefold() not in letters(language):
             raise ValueError(
                 f"ocr cannot read the {letter!r} of {row['prompt']!r}; with --reward-option "
-                "ocr.language=cyrillic it may, or arabic, devanagari, korean, ta, te, th"
+                "ocr.language=cyrillic it may, or arabic, devanagari, el, korean, ta, te, th"
             )
 
 
@@ -255,124 +282,6 @@ def letters(language):
 
 ocr.check, ocr.package = check_ocr, "rapidocr"
 REWARDS = {"jpeg": jpeg, "ocr": ocr}  # `load_reward` finds the others
-
-
-# -- reward servers ------------------------------------------------------------------------------------------
-
-
-def served(images, prompts, metadata, url, name, timeout=120.0, retries=3):
-    """Your own server, --reward NAME=http://HOST:PORT/PATH. It gets {"reward": NAME, "images": [PNG in
-    base64, ...], "prompts": [...], "metadata": [...]} as JSON by POST, and answers {"scores": [a number a
-    picture, or null for no score]}."""
-    pictures = [base64.b64encode(encoded(p)).decode() for p in pil(images)]
-    question = {"reward": name, "images": pictures, "prompts": prompts, "metadata": metadata}
-    answer = asyncio.run(post_json(url, question, timeout, retries))
-    return numbers(answer, "scores", len(images), url)
-
-
-def served_pickle(images, prompts, metadata, url, name, timeout=120.0, retries=3):
-    """Flow-GRPO's servers (yifan123/reward-server), --reward NAME=pickle+http://HOST:PORT: pickled JPEGs go,
-    a pickle comes, of which plain values alone are read: a reply that names any class or function is refused.
-    `geneval` takes its "scores", `geneval_strict` its "rewards" (the official verdicts), any other name
-    "outputs"."""
-    question = {"images": [encoded(p, "JPEG") for p in pil(images)], "prompts": list(prompts)}
-    question |= {"meta_datas": list(metadata), "only_strict": False}
-    headers = {"Content-Type": "application/octet-stream"}
-    reply = asyncio.run(post(url, pickle.dumps(question), headers, timeout, retries))
-    try:
-        answer = PlainUnpickler(io.BytesIO(reply)).load()
-    except RewardError as error:
-        raise RewardError(f"{url}: {error}") from error
-    except Exception as error:  # a broken pickle can raise anything
-        raise RewardError(f"{url}: a reply that is no pickle of plain values") from error
-    key = {"geneval": "scores", "geneval_strict": "rewards"}.get(name, "outputs")
-    return numbers(answer, key, len(images), url)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. What would import something is refused, so no code can run."""
-
-    def find_class(self, module, name):
-        raise RewardError(f"refused a pickle that names {module}.{name}")
-
-
-def numbers(answer, key, count, url):
-    """A server's scores, one a picture: a finite number, or NaN for null. -> (B,)"""
-    values = answer.get(key) if isinstance(answer, dict) else None
-    fits = isinstance(values, (list, tuple)) and len(values) == count
-    if fits:
-        values = [math.nan if value is None else value for value in values]
-        fits = all(isinstance(value, (int, float)) and not abs(value) >= 1e30 for value in values)
-    if not fits:
-        raise RewardError(f"{url}: answered {reprlib.repr(values)}, not {count} finite numbers")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-LARGEST = 2**26  # bytes of an answer
-
-
-async def post_json(url, data, timeout, retries, headers=None):
-    """POST of JSON; the answer's JSON."""
-    headers = {"Content-Type": "application/json"} | (headers or {})
-    reply = await post(url, json.dumps(data).encode(), headers, timeout, retries)
-    try:
-        return json.loads(reply)
-    except (ValueError, RecursionError) as error:
-        raise RewardError(f"{url}: answered {reply[:200]!r}, which is not JSON") from error
-
-
-async def post(url, body, headers, timeout, retries):
-    """POST; the answer's bytes. `timeout` seconds bound a whole attempt, however slowly the server drips.
-    After a failure that may pass (no connection, no answer in time, 408, 429, 5xx) it waits as long as the
-    server asks, or 1, 2, 4, ... seconds, and tries again, `retries` times; then Unavailable."""
-    need("httpx2")
-    import httpx2
-
-    for attempt in range(retries + 1):
-        pause = 2**attempt
-        try:
-            response, reply = await asyncio.wait_for(post_once(url, body, headers), timeout)
-        except asyncio.TimeoutError:
-            problem = f"no whole answer in {timeout:g} seconds"
-        except (httpx2.HTTPError, OSError) as error:
-            problem = str(error) or type(error).__name__
-        else:
-            if response.is_success:
-                return reply
-            said = " ".join(reply.decode(errors="replace").split())
-            problem = f"HTTP {response.status_code} {response.reason_phrase}: {said[-300:]}"
-            if response.status_code not in (408, 429) and response.status_code < 500:
-                break
-            asked = re.fullmatch(r"\d{1,9}", response.headers.get("Retry-After", ""))
-            pause = min(int(asked[0]), 600) if asked else pause
-        if attempt < retries:
-            await asyncio.sleep(pause)
-    raise Unavailable(f"{url}: {problem} (attempts: {attempt + 1})")
-
-
-async def post_once(url, body, headers):
-    """POST; (response, its bytes). Pictures and keys go where the user sent them: no redirect is followed,
-    and what is sent to this machine passes no proxy."""
-    import httpx2
-
-    host = urllib.parse.urlsplit(url).hostname or ""
-    here = host in ("localhost", "::1") or host.startswith("127.")
-    client = httpx2.AsyncClient(timeout=None, trust_env=not here, verify=certificates())
-    reply = b""
-    async with client, client.stream("POST", url, content=body, headers=headers) as response:
-        async for part in response.aiter_bytes():
-            reply += part
-            if len(reply) > LARGEST:
-                raise RewardError(f"{url}: an answer of more than {LARGEST / 2**20:g} MB")
-    return response, reply
-
-
-@functools.cache
-def certificates():
-    """Whom HTTPS trusts; to read it takes a tenth of a second."""
-    import httpx2
-
-    return httpx2.create_ssl_context()
 
 
 # -- the flags --reward and --reward-option ------------------------------------------------------------------
@@ -389,7 +298,8 @@ SPEC = re.compile(
     r"(?P<name>[\w.-]+)(?:@(?P<task>[\w-]+))?(?:=(?P<weight>\d+\.?\d*|\.\d+))?"
     r"(?:[=,](?P<kind>pickle\+|openai\+|)(?P<url>https?://[^\s/]\S*))?"
 )
-SERVERS = {"": served, "pickle+": served_pickle}
+SERVERS = {"": "scorers.servers.served", "pickle+": "scorers.servers.served_pickle"}
+OWN_COLUMNS = "average", "diversity"  # of evaluate.py
 NO_SCORE = {}  # {a judge's url: why its last answer without a score was none}
 
 
@@ -402,13 +312,14 @@ def parse_rewards(specs, options=()):
         check(m, f"--reward-option {option}: expected NAME.KEY=VALUE")
         texts.setdefault(m[1], {})[m[2]] = m[3]
     for spec in specs or ():
-        m = SPEC.fullmatch(spec)
+        m, spec = SPEC.fullmatch(spec), masked(spec)
         forms = "NAME, NAME@TASK, NAME=WEIGHT (a positive number), NAME=URL or NAME=WEIGHT,URL"
         check(m and float(m["weight"] or 1), f"--reward {spec}: expected {forms}")
         full_name, kind, url = m["name"], m["kind"], m["url"]
         name = full_name.rpartition(".")[2]
         check(name not in rewards, f"--reward {spec}: {name} is given twice")
-        function, fixed = SERVERS.get(kind) or load_reward(full_name), {}
+        check(name not in OWN_COLUMNS, f"--reward {spec}: evaluate.py has its own column {name}")
+        function, fixed = load_reward(SERVERS.get(kind, full_name)), {}
         if kind in SERVERS:
             fixed["name"] = name
         if url:
@@ -426,7 +337,7 @@ def parse_rewards(specs, options=()):
         except TypeError:
             die(f"--reward {spec}: {name} must take (images, prompts, metadata)")
         rewards[name] = Reward(function, float(m["weight"] or 1), m["task"], identity(full_name, function))
-    check(not texts, f"--reward-option {', '.join(texts)}: not among --reward {' '.join(specs or ())}")
+    check(not texts, f"--reward-option {', '.join(texts)}: not among --reward {' '.join(rewards)}")
     return rewards
 
 
@@ -439,8 +350,12 @@ def load_reward(name):
     for scorer in scorer_modules():
         if name in rewards_in(module_file(scorer)):
             module = scorer
-    if module and module_file(module):
-        reward = getattr(importlib.import_module(module), function, None)
+    file = module and module_file(module)
+    if file and function in top_level_names(file):
+        loaded = importlib.import_module(module)
+        if os.path.realpath(getattr(loaded, "__file__", None) or "") != os.path.realpath(file):
+            die(f"--reward {name}: Python has its own `{module}`; give {os.path.basename(file)} another name")
+        reward = getattr(loaded, function, None)
         if callable(reward):
             return reward
     die(f"--reward {name}: no such reward here, nor in a file beside it; python rewards.py lists them")
@@ -458,6 +373,13 @@ def module_file(module):
     for file in (path + ".py", os.path.join(path, "__init__.py")):
         if os.path.exists(file):
             return file
+
+
+def top_level_names(file):
+    """What a Python file defines, found without running it: a script must not run because it was named."""
+    with open(file, encoding="utf-8") as f:
+        symbols = symtable.symtable(f.read(), file, "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
 
 
 def rewards_in(file):
@@ -501,6 +423,8 @@ def read_options(name, function, texts):
                 raise ValueError("must have one group, where the number begins")
             if key == "timeout" and not values[key] > 0:
                 raise ValueError("must be more than 0")
+            if key == "image" and text not in ("PNG", "JPEG"):
+                raise ValueError("must be PNG or JPEG")
             if key in ("retries", "max_tokens", "max_completion_tokens", "size") and values[key] < 0:
                 raise ValueError("must be at least 0")
         except (OSError, ValueError, KeyError, TypeError, re.error) as error:
@@ -517,8 +441,8 @@ def identity(name, function):
         if isinstance(value, str) and os.path.exists(value):
             parts[key] = fingerprint(value)
     if "url" in parts:
-        parts["protocol"] = function.func.__name__
-    if "." in name and function.func not in SERVERS.values():
+        parts |= {"url": masked(parts["url"]), "protocol": function.func.__name__}
+    if "." in name and function.func.__module__ != "scorers.servers":
         parts["module"] = fingerprint(module_file(name.rpartition(".")[0]))
     package = getattr(function.func, "package", None)
     if package and importlib.util.find_spec(package):
@@ -586,15 +510,15 @@ def score_batch(images, batch, rewards, tasks):
         if not indices:
             continue
         metadata = [batch[i][1] for i in indices]
-        where = f"for {metadata[0]['prompt']!r} or one beside it"
+        where = f"for {metadata[0]['prompt']!r} or another of its batch"
         if not images[indices].isfinite().all():
             raise RewardError(f"{name}: a picture is not finite, {where}")
         try:
             values = reward.function(images[indices], [row["prompt"] for row in metadata], metadata)
         except Unavailable as error:
-            raise Unavailable(f"{name}: {error}") from error
+            raise Unavailable(masked(f"{name}: {error}")) from error
         except (RewardError, ValueError) as error:  # ValueError: a prompt that this reward cannot score
-            raise RewardError(f"{name}: {error}") from error
+            raise RewardError(masked(f"{name}: {error}")) from error
         try:
             values = torch.as_tensor(values, dtype=torch.float32).detach().cpu().reshape(len(indices))
         except (TypeError, ValueError, RuntimeError) as error:

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from flow_sde import listing
-from rewards import NO_SCORE, RewardError, Unavailable, encoded, pil, post_json
+from rewards import NO_SCORE, RewardError, Unavailable, encoded, masked, pil
+from scorers.servers import post_json
 
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 ASK_LEVEL = (
@@ -29,7 +30,9 @@ ASK_SCORE = (
 AGAIN = "\nAnswer briefly, and in exactly the form that is asked for."
 COLON = r"""["'*_\s]*[>:=]["'*_\s]*(\d)"""  # what stands between the word `score` and its number
 FINAL_SCORE = r"(?i)final score" + COLON
+TAGGED_SCORE = r"(?i)<score>\s*(\d)"
 ANY_SCORE = r"(?i)score\s*(?:\([^)]*\))?" + COLON
+THOUGHT = r"(?i)[<◁]{}(?:\w+:)?think(?:ing)?[>▷]"  # <think>, ◁think▷, <seed:think>; closed with a slash
 NUMBER = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*(\d+))?(?!\d|[.,]\d|\s*[-–]\s*\d)")
 
 
@@ -50,7 +53,7 @@ def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, r
         )
     limits = dict(max_tokens=1, logprobs=True, top_logprobs=20)
     read = functools.partial(read_level, who=f"{url}: {model}")
-    return ask_all(read, images, [prompt] * len(images), url, model, timeout, retries, **limits)
+    return ask_all(read, images, [prompt] * len(images), url, model, True, "PNG", timeout, retries, **limits)
 
 
 def read_level(answer, who):
@@ -79,20 +82,24 @@ def qwenvl(
     pattern="",
     max_tokens=1024,
     max_completion_tokens=0,
+    temperature=True,
+    image="PNG",
     timeout=120.0,
     retries=3,
 ):
     """A vision-language model judges caption and quality; the model's own licence (Qwen3-VL: Apache-2.0). The
     number in the last <Score>, or else after the last "score:", or where the group of `pattern` begins; / 5,
-    or as it says (7/10); in [0, 1]. Needs an endpoint. max_completion_tokens is for those that do not know
-    max_tokens."""
+    or as it says (7/10); in [0, 1]. Needs an endpoint; for one that does not know max_tokens there is
+    max_completion_tokens, for one that refuses a temperature temperature=False, a picture as PNG image=JPEG.
+    None may answer as a stream."""
     limit = {"max_tokens": max_tokens}
     if max_completion_tokens:
         limit = {"max_completion_tokens": max_completion_tokens}
-    patterns = [pattern] if pattern else [r"(?i)<score>\s*(\d)", ANY_SCORE]
+    patterns = [pattern] if pattern else [TAGGED_SCORE, ANY_SCORE]
     read = functools.partial(read_score, patterns=patterns)
     texts = [prompt.replace("{prompt}", p) for p in prompts]
-    return ask_all(read, images, texts, url, model, timeout, retries, **limit)
+    how = temperature, image, timeout, retries
+    return ask_all(read, images, texts, url, model, *how, **limit)
 
 
 def unifiedreward(
@@ -105,6 +112,8 @@ def unifiedreward(
     pattern=FINAL_SCORE,
     max_tokens=1024,
     max_completion_tokens=0,
+    temperature=True,
+    image="PNG",
     timeout=120.0,
     retries=3,
 ):
@@ -112,17 +121,24 @@ def unifiedreward(
     endpoint. The wording the model was trained on stands on its page: unifiedreward.prompt=@FILE, {prompt}
     for the caption."""
     limits = max_tokens, max_completion_tokens
-    return qwenvl(images, prompts, metadata, url, model, prompt, pattern, *limits, timeout, retries)
+    how = temperature, image, timeout, retries
+    return qwenvl(images, prompts, metadata, url, model, prompt, pattern, *limits, *how)
 
 
 def read_score(answer, patterns):
     """The score of an answer, in [0, 1], by the first pattern that finds one; NoAnswer if none does, or the
     model was cut off, or thinking."""
     message = answer.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    said = said if isinstance(said, str) else ""
-    conclusion = said.rpartition("</think>")[2]
-    if answer.get("finish_reason") == "length" or "<think>" in conclusion:
+    message = message if isinstance(message, dict) else {}
+    said = message.get("content")
+    if isinstance(said, list):
+        said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
+    if not isinstance(said, str) or not said.strip():
+        others = {key: value for key, value in message.items() if value and key not in ("role", "content")}
+        reason = f"finish_reason {answer.get('finish_reason')}, {reprlib.repr(others)}"
+        raise NoAnswer(f"an answer without text: {reason}")
+    conclusion = re.split(THOUGHT.format("/"), said)[-1]
+    if answer.get("finish_reason") == "length" or re.search(THOUGHT.format(""), conclusion):
         raise NoAnswer(f"an answer cut off before its end (a larger max_tokens may help): {said[-200:]!r}")
     for pattern in patterns:
         found = [NUMBER.match(conclusion, m.start(1)) for m in re.finditer(pattern, conclusion)]
@@ -137,7 +153,7 @@ def read_score(answer, patterns):
     return score / best
 
 
-def ask_all(read, images, texts, url, model, timeout, retries, **options):
+def ask_all(read, images, texts, url, model, temperature, image, timeout, retries, **options):
     """read(answer) of one question a picture, sixteen at a time. An answer without a score is asked for twice
     more, with a reminder of the form and a temperature; then the picture has none. -> (B,), NaN for none"""
     if not url:
@@ -146,14 +162,14 @@ def ask_all(read, images, texts, url, model, timeout, retries, **options):
 
     async def ask(picture, text):
         async with turns:
-            for temperature in (0, 0.5, 1):
-                question = text + AGAIN if temperature else text
-                request = options | {"temperature": temperature}
+            for degrees in (0, 0.5, 1):
+                question = text + AGAIN if degrees else text
+                request = options | ({"temperature": degrees} if temperature else {})
                 try:
-                    return read(await chat(url, model, question, picture, timeout, retries, **request))
+                    return read(await chat(url, model, question, picture, image, timeout, retries, **request))
                 except NoAnswer as error:
                     NO_SCORE[url] = str(error)
-        tqdm.write(f"{url}: asked three times, no score: {NO_SCORE[url]}", file=sys.stderr)
+        tqdm.write(f"{masked(url)}: asked three times, no score: {NO_SCORE[url]}", file=sys.stderr)
         return math.nan
 
     async def ask_everything():
@@ -162,15 +178,17 @@ def ask_all(read, images, texts, url, model, timeout, retries, **options):
     return torch.tensor(asyncio.run(ask_everything()), dtype=torch.float32)
 
 
-async def chat(url, model, text, picture, timeout, retries, **options):
-    """The first choice of a chat completion about a picture."""
-    data = base64.b64encode(await asyncio.to_thread(encoded, picture)).decode()
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}}
-    messages = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+async def chat(url, model, text, picture, image, timeout, retries, **options):
+    """The first choice of a chat completion about a picture, sent in the format `image`."""
+    data = base64.b64encode(await asyncio.to_thread(encoded, picture, image)).decode()
+    shown = {"type": "image_url", "image_url": {"url": f"data:image/{image.lower()};base64,{data}"}}
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
     key = os.environ.get("REWARD_API_KEY", "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise Unavailable("REWARD_API_KEY holds a space, a line break, or a letter that is not ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     where = urllib.parse.urlsplit(url)
-    where = where._replace(path=where.path + "/chat/completions").geturl()
+    where = where._replace(path=where.path.rstrip("/") + "/chat/completions").geturl()
     request = {"model": model, "messages": messages} | options
     answer = await post_json(where, request, timeout, retries, headers)
     try:

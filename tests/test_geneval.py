@@ -222,6 +222,10 @@ def models(tmp_path_factory):
     config = Mask2FormerConfig(backbone_config=swin, **dict.fromkeys(widths, 32), **sizes)
     network = Mask2FormerForUniversalSegmentation(config)
     network.class_predictor.weight.data *= 60  # some are sure of what they see
+    network.save_pretrained(folder / "nameless")
+    coco = [*geneval.OBJECTS]  # as publishers spell some
+    coco[57], coco[62], coco[64] = "sofa", "tvmonitor", "mouse"
+    network.config.id2label = dict(enumerate(coco))
     network.save_pretrained(folder / "detector")
     return {"detector": str(folder / "detector"), "clip": small_clip(folder / "clip")}
 
@@ -261,6 +265,13 @@ def test_detections_without_any_shortcut(models, images):
         assert [p for _, p, _ in sorted(got)] == pytest.approx([p for _, p, _ in sorted(expected)], abs=1e-4)
         total += len(expected)
     assert total >= 2  # the comparison was of something
+
+
+def test_another_detector_of_80_classes_is_refused(models):
+    other = models["detector"].replace("detector", "nameless")
+    with pytest.raises(rewards.Unavailable, match="knows 80 classes, of which 0 are COCO's"):
+        geneval.load_detector(other, torch.device("cpu"))
+    assert geneval.load_detector(models["detector"], torch.device("cpu"))
 
 
 def test_colors_and_scores_end_to_end(models, images):

@@ -11,7 +11,7 @@ from conftest import clip_tokenizer, small_clip
 from PIL import Image
 
 import rewards
-from scorers import judges, preference
+from scorers import judges, preference, servers
 
 PROMPTS = ["a red fox", "two cats and a very long list of other animals that goes on"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -425,6 +425,10 @@ WRONG = [
     ("a=http://h:99999/x", [], "Port out of range"),
     ("a=http://[::1/x", [], "Invalid IPv6"),
     ("qwenvl=openai+http://x", ["qwenvl.max_tokens=-1"], "at least 0"),
+    ("qwenvl=openai+http://x", ["qwenvl.image=GIF"], "PNG or JPEG"),
+    ("diversity=http://x", [], "its own column diversity"),
+    ("mine.average=http://x", [], "its own column average"),
+    ("a=http://me:secret@h:99999", [], r"a=http://\*\*\*@h:99999: Port"),
 ]
 
 
@@ -447,12 +451,12 @@ def test_specs(tmp_path):
     deqa, mine, geneval = (chosen[name].function for name in ("deqa", "mine", "geneval"))
     assert deqa.func is judges.deqa
     assert deqa.keywords == {"url": "https://h:1/v1", "timeout": 3.0, "prompt": "Rate {prompt}"}
-    assert mine.func is rewards.served and mine.keywords == {
+    assert mine.func is servers.served and mine.keywords == {
         "url": "http://h/x",
         "name": "mine",
         "retries": 0,
     }
-    assert geneval.func is rewards.served_pickle
+    assert geneval.func is servers.served_pickle
 
 
 def test_rewards_of_a_task():
@@ -479,6 +483,9 @@ def test_cached_scores_are_of_the_same_weights_servers_and_versions(tmp_path, mo
     assert of("deqa=http://a/x") == of("deqa=http://a/x/", "deqa.timeout=9", "deqa.retries=0")
     urls = "http://a/x", "http://b/x", "http://a:9/x", "http://a/y", "pickle+http://a/x"
     assert len({of(f"deqa={url}") for url in urls}) == 5
+    assert of("deqa=http://me:secret@a/x") == of("deqa=http://***@a/x") and "secret" not in of(
+        "deqa=http://me:secret@a/x"
+    )
     assert of("qwenvl=openai+http://a/v1") != of("qwenvl=openai+http://a/v1", "qwenvl.model=another")
     (tmp_path / "model").mkdir()
     option = f"clipscore.model={tmp_path}/model"

@@ -1,6 +1,7 @@
 """Reward servers and judges on loopback: good ones, and slow, wrong, garbled, hostile and absent ones, each
 met with the right error in time."""
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -21,7 +22,7 @@ from conftest import few, refused, run
 from PIL import Image
 
 import rewards
-from scorers import judges
+from scorers import judges, servers
 
 PROMPTS = ["a dog", "a cat", "a fox"]
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def waits(monkeypatch):
     async def note(seconds):
         noted.append(seconds)
 
-    monkeypatch.setattr(rewards.asyncio, "sleep", note)
+    monkeypatch.setattr(asyncio, "sleep", note)
     return noted
 
 
@@ -154,6 +155,7 @@ def test_a_pickle_that_would_run_code_is_refused(serve, tmp_path):
         (b"\x80\x04garbage", "no pickle of plain values"),
         (b"", "no pickle"),
         (pickle.dumps([1, 2, 3]), "not 3 finite numbers"),
+        (b"\x80\x02]r\x00\x00\x00\x08.", "memo would take all memory"),  # at index 2^27: 2 GB
     ):
         with pytest.raises(rewards.RewardError, match=message):
             score(f"deqa=pickle+{serve(reply)}")
@@ -236,7 +238,7 @@ def test_waiting_for_a_reward_ends_with_the_signal(serve):
 
 
 def test_a_huge_answer_is_not_swallowed(serve, monkeypatch):
-    monkeypatch.setattr(rewards, "LARGEST", 1000)
+    monkeypatch.setattr(servers, "LARGEST", 1000)
     with pytest.raises(rewards.RewardError, match="more than"):
         score(f"taste={serve(b'1' * 5000)}")
 
@@ -293,6 +295,24 @@ def test_no_proxy_stands_before_this_machine(serve, monkeypatch):
     assert seen == ["http://rewards.invalid/x"]
 
 
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(rewards.Unavailable, match="the environment's proxy cannot be used"):
+        score("taste=http://rewards.invalid/x")
+
+
+def test_secrets_are_in_no_message(serve, monkeypatch, capsys):
+    address = serve(lambda *_: chat("no")).replace("http://", "http://me:secret@")
+    assert score(f"qwenvl=openai+{address}").isnan().all()
+    with pytest.raises(rewards.RewardError, match=r"http://\*\*\*@127") as caught:
+        score(f"taste={address}")
+    monkeypatch.setenv("REWARD_API_KEY", "secret\nsecret")
+    with pytest.raises(rewards.Unavailable, match="REWARD_API_KEY holds") as broken:
+        score(f"qwenvl=openai+{address}")
+    said = capsys.readouterr().err
+    assert "***@127" in said and "secret" not in said + str(caught.value) + str(broken.value)
+
+
 # -- judges --------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +324,9 @@ def question_of(body):
     """(picture, text) of a request to a judge."""
     image, text = json.loads(body)["messages"][0]["content"]
     kind, _, data = image["image_url"]["url"].partition(",")
-    assert kind == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data))), text["text"]
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == f"data:image/{picture.format.lower()};base64"
+    return picture, text["text"]
 
 
 def test_judges(serve, monkeypatch, tmp_path):
@@ -336,6 +357,22 @@ def test_judges(serve, monkeypatch, tmp_path):
     assert seen[-1][1]["max_completion_tokens"] == 77 and "max_tokens" not in seen[-1][1]
     score(f"qwenvl=openai+{url}/v1", "qwenvl.max_tokens=50")
     assert seen[-1][1]["max_tokens"] == 50
+    score(f"qwenvl=openai+{url}/v1/?version=2")
+    assert seen[-1][0] == "/v1/chat/completions?version=2"
+
+
+def test_a_judge_that_takes_no_temperature_and_only_jpeg(serve):
+    seen = []
+
+    def answer(path, body, *_):
+        seen.append(("temperature" in json.loads(body), question_of(body)[0].format))
+        return chat("Final Score: 4")
+
+    url = serve(answer)
+    assert score(f"unifiedreward=openai+{url}").tolist() == pytest.approx([0.8] * 3)
+    options = "unifiedreward.temperature=False", "unifiedreward.image=JPEG"
+    assert score(f"unifiedreward=openai+{url}", *options).tolist() == pytest.approx([0.8] * 3)
+    assert seen == [(True, "PNG")] * 3 + [(False, "JPEG")] * 3
 
 
 def test_what_is_no_chat_completion(serve):
@@ -364,8 +401,12 @@ FORMS = [
     ("Score: 2, no, wait. Score: 3", 0.6),
     ("Thinking: score: 1</think>Score: 3", 0.6),
     ("<think>Score: 1</think>\n<Score>3</Score>", 0.6),
+    ("◁think▷Score: 1◁/think▷Score: 3", 0.6),
+    ("<seed:think>Score: 1</seed:think>Score: 3", 0.6),
+    ("<Score>4</Score> Note: a perfect score: 5 is for flawless pictures.", 0.8),
+    ([{"type": "text", "text": "<Score>"}, {"type": "image"}, {"type": "text", "text": "4</Score>"}], 0.8),
 ]
-PATTERNS = [r"(?i)<score>\s*(\d)", judges.ANY_SCORE]
+PATTERNS = [judges.TAGGED_SCORE, judges.ANY_SCORE]
 
 
 @pytest.mark.parametrize("said, expected", FORMS)
@@ -380,10 +421,15 @@ def test_a_score_in_any_usual_form(said, expected):
     "answer, message",
     [
         ({"message": {"content": "I cannot say"}}, "no score in"),
-        ({"message": {"content": ""}}, "no score"),
-        ({"message": {"content": None}}, "no score"),
-        ({"message": None}, "no score"),
-        ({}, "no score"),
+        ({"message": {"content": ""}}, "without text"),
+        ({"message": {"content": None, "refusal": "not allowed"}}, "without text.*refusal.*not allowed"),
+        ({"message": {"content": None}, "finish_reason": "content_filter"}, "without text.*content_filter"),
+        ({"message": {"content": None, "tool_calls": [{"id": 1}]}}, "without text.*tool_calls"),
+        ({"message": {"content": [], "reasoning_content": "Score: 3"}}, "without text.*reasoning_content"),
+        ({"message": None}, "without text"),
+        ({}, "without text"),
+        ({"message": {"content": "◁think▷first, Score: 4"}}, "cut off before its end"),
+        ({"message": {"content": "<seed:think>first, Score: 4"}}, "cut off before its end"),
         ({"message": {"content": "Score: 7"}}, "a score of 7, not within 0 to 5"),
         ({"message": {"content": "Score: 11/10"}}, "a score of 11, not within 0 to 10"),
         ({"message": {"content": "Score: -3"}}, "no score in"),

@@ -1030,6 +1030,11 @@ def listing(names, most=4):
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
+def masked(text):
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r"(https?://)[^/\s@]*@", r"\1***@", text)
+
+
 # -- flags -------------------------------------------------------------------------------------------------
 
 
@@ -1349,7 +1354,7 @@ class Run:
         if self.rank == 0:
             self.log = self.open_log(start)
         if self.args.track:
-            flags = {name: str(value) for name, value in vars(self.args).items()}
+            flags = {name: masked(str(value)) for name, value in vars(self.args).items()}
             self.accelerator.init_trackers("flow-opd", flags, {"wandb": {"dir": self.out}})
         self.stop = StopSignal()
         if start == 0:
@@ -1465,7 +1470,7 @@ class Run:
         write(log, "".join(kept))
         if not start:
             pathlib.Path(self.out, "results.json").unlink(missing_ok=True)
-        write_json(os.path.join(self.out, "args.json"), vars(self.args))
+        write(os.path.join(self.out, "args.json"), masked(json.dumps(vars(self.args), indent=1)) + "\n")
         return open(log, "a")  # noqa: SIM115 - for as long as the run lives
 
 

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from flow_sde import HERE, check, die, fingerprint, first_line, generators, reduce_sum
+from flow_sde import HERE, check, die, fingerprint, first_line, generators, masked, reduce_sum
 
 
 class RewardError(Exception):
@@ -101,11 +101,6 @@ def read_picture(file):
     except Exception as error:  # a broken file can raise anything
         raise RewardError(f"{file}: not a picture that can be read ({first_line(error)})") from error
     return torch.from_numpy(pixels).movedim(-1, 0).float().div_(255)
-
-
-def masked(text):
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r"(https?://)[^/\s@]*@", r"\1***@", text)
 
 
 def need(*packages):

@@ -120,7 +120,8 @@ def distill(loras, out, **changes):
     flags |= dict(
         prompts=few("train", 8, Path(loras["anchor"]).parent), batch_size=3, micro_batch_size=3, num_steps=4
     )
-    flags |= dict(steps=1, save_every=100, eval_every=100, eval_num_steps=1, eval_prompts=[], reward=[])
+    flags |= dict(steps=1, save_every=100, eval_every=100, eval_num_steps=1)
+    flags |= dict(compare=[], eval_prompts=[], reward=[])
     return run("distill.py", **flags | changes, out=out)
 
 
@@ -252,9 +253,9 @@ def saved(out):
 
 
 def checkpoint(out, step):
-    """The weights in a checkpoint by name, the student's (or teacher's) and the average's."""
+    """The weights in a checkpoint by name and place, the student's (or teacher's) and the average's."""
     state = torch.load(Path(out, f"checkpoints/{step:06d}/state.pt"), weights_only=True)
-    return {f"{name} {n}": w for name, weights in state["weights"].items() for n, w in weights.items()}
+    return {f"{name} {i}": w for name, weights in state["weights"].items() for i, w in enumerate(weights)}
 
 
 def equal(a, b):

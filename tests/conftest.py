@@ -44,7 +44,7 @@ def run(script, *argv, **flags):
     with its one line."""
     import flow_sde
 
-    arguments, folder = sys.argv, os.getcwd()
+    arguments, folder, stdout = sys.argv, os.getcwd(), sys.stdout
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [os.path.join(ROOT, script), *words(*argv, **flags)]
     os.chdir(ROOT)
@@ -56,7 +56,7 @@ def run(script, *argv, **flags):
     finally:
         for lock in flow_sde.LOCKS:
             lock.release(force=True)  # as the end of a process does
-        sys.argv = arguments
+        sys.argv, sys.stdout = arguments, stdout
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -671,10 +671,8 @@ def load_network(kind, folder, dtype, device):
 
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     kinds = {kept_as for file in files for kept_as in read_header(file)[0].values()}
-    quantised = kinds - {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
-    quantised |= {"quantized"} & set(
-        read_json(os.path.join(folder, "config.json")).get("quantization_config", ())
-    )
+    plain = kinds <= {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
+    quantised = not plain or read_json(os.path.join(folder, "config.json")).get("quantization_config")
     check(not quantised, f"{folder}: a quantised network; give one in float32, bfloat16 or float16")
     options = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
     if kind.__module__.startswith("transformers"):

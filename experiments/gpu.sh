@@ -19,6 +19,7 @@ if [ $MODEL = tiny-random ]; then
 fi
 bench="python experiments/bench.py --model $OUT/base --guidance 4.5 --dtype $dtype $size"
 mkdir -p $OUT
+rm -rf $OUT/toy  # of an earlier try
 
 part() {  # part NAME SECONDS COMMAND...
     local name=$1 most=$2
@@ -35,7 +36,7 @@ for library in (torch, diffusers, transformers, peft, accelerate):
     print(library.__name__, library.__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
 part checks 200 python -m pytest -q -n 6 -p no:cacheprovider tests/test_cuda.py &  # these three at once
-part toy 200 python distill.py --out $OUT/toy --overwrite $tiny &
+part toy 200 python distill.py --out $OUT/toy $tiny &
 part model 100 python -c "
 import torch
 from experiments import meter

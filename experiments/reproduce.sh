@@ -34,8 +34,11 @@ pause() {
 }
 
 run() {  # run NAME COMMAND...: in the background, two at a time, each name once
-    local name=$1
+    local name=$1 resume="--resume auto"
     shift
+    if [[ "$*" == *"cold_start.py merge"* ]]; then
+        resume=""  # it takes a second
+    fi
     if [ -e $R/$name.done ] || [[ " $started " == *" $name "* ]]; then
         return
     fi
@@ -45,7 +48,7 @@ run() {  # run NAME COMMAND...: in the background, two at a time, each name once
     done
     echo "$(date +%H:%M) $name"
     {
-        if "$@" --out $R/$name --resume auto > $R/$name.log 2>&1 \
+        if "$@" --out $R/$name $resume > $R/$name.log 2>&1 \
             && ! grep -q "stopped (--resume" $R/$name.log; then
             touch $R/$name.done
         else
@@ -91,8 +94,9 @@ grpo() {  # grpo TASKS REWARDS
 }
 
 distill() {  # distill TEACHERS: no table at the end
-    echo python distill.py --teachers $1 --prompts $(files "$ALL" train) --eval-prompts --reward \
-        --batch-size 32 --micro-batch-size 32 --label-steps 0 --ema 0.1 --eval-every 1000 --save-every 4 --keep 100
+    echo python distill.py --teachers $1 --prompts $(files "$ALL" train) --eval-prompts --reward --compare \
+        --batch-size 32 --micro-batch-size 32 --label-steps 0 --ema 0.1 --eval-every 1000 \
+        --save-every 4 --keep 100
 }
 
 # A rollout is 16 prompts x 16 pictures and 4 updates for the hard task and what it takes part in, else half.
@@ -205,7 +209,7 @@ if [ $# = 3 ]; then
     need mergeall
     for s; do
         run ensemble-$s python distill.py --teachers $several --prompts $prompts --init $R/mergeall/lora \
-            --anchor none --eval-prompts --reward --batch-size 32 --micro-batch-size 32 --label-steps 0 \
+            --anchor none --eval-prompts --reward --compare --batch-size 32 --micro-batch-size 32 --label-steps 0 \
             --ema 0.1 --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
     done
     need $(every_seed ensemble)

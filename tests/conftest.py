@@ -44,7 +44,7 @@ def run(script, *argv, **flags):
     with its one line."""
     import flow_sde
 
-    arguments, folder = sys.argv, os.getcwd()
+    arguments, folder, stdout = sys.argv, os.getcwd(), sys.stdout
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [os.path.join(ROOT, script), *words(*argv, **flags)]
     os.chdir(ROOT)
@@ -56,7 +56,7 @@ def run(script, *argv, **flags):
     finally:
         for lock in flow_sde.LOCKS:
             lock.release(force=True)  # as the end of a process does
-        sys.argv = arguments
+        sys.argv, sys.stdout = arguments, stdout
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -120,7 +120,8 @@ def distill(loras, out, **changes):
     flags |= dict(
         prompts=few("train", 8, Path(loras["anchor"]).parent), batch_size=3, micro_batch_size=3, num_steps=4
     )
-    flags |= dict(steps=1, save_every=100, eval_every=100, eval_num_steps=1, eval_prompts=[], reward=[])
+    flags |= dict(steps=1, save_every=100, eval_every=100, eval_num_steps=1)
+    flags |= dict(compare=[], eval_prompts=[], reward=[])
     return run("distill.py", **flags | changes, out=out)
 
 
@@ -252,9 +253,9 @@ def saved(out):
 
 
 def checkpoint(out, step):
-    """The weights in a checkpoint by name, the student's (or teacher's) and the average's."""
+    """The weights in a checkpoint by name and place, the student's (or teacher's) and the average's."""
     state = torch.load(Path(out, f"checkpoints/{step:06d}/state.pt"), weights_only=True)
-    return {f"{name} {n}": w for name, weights in state["weights"].items() for n, w in weights.items()}
+    return {f"{name} {i}": w for name, weights in state["weights"].items() for i, w in enumerate(weights)}
 
 
 def equal(a, b):

@@ -1,5 +1,8 @@
-"""Two processes on the CPU make the update of one with twice the batch, and judge every prompt once."""
+"""Two processes on the CPU make the update of one with twice the batch, judge every prompt once, and resume
+from one checkpoint or not at all."""
 
+import os
+import shutil
 from functools import partial
 
 import pytest
@@ -11,9 +14,11 @@ pytestmark = pytest.mark.usefixtures("numbers_only")
 
 @pytest.mark.parametrize("script", ["distill.py", "train_teacher.py", "cold_start.py"])
 def test_two_processes_make_the_update_of_one(script, loras, tmp_path):
+    """In batches of three tasks, whose prompts are dealt in turn; train_teacher.py's two updates share groups
+    of three."""
     train = {
         "distill.py": partial(distill, loras),
-        "train_teacher.py": partial(teacher, sde_window=2),
+        "train_teacher.py": partial(teacher, prompts=few("train", 8, tmp_path), group_size=3, sde_window=2),
         "cold_start.py": partial(sft, loras, num_steps=4),
     }[script]
     outs = tmp_path / "one", tmp_path / "two"
@@ -35,3 +40,22 @@ def test_evaluation_counts_every_prompt_once(tmp_path):
     together(partial(judge, out=tmp_path / "two"))
     ((one,), (two,)) = (read_json(tmp_path, name, "results.json") for name in ("one", "two"))
     assert one["n"] == two["n"] == 7 and one["scores"] == pytest.approx(two["scores"], abs=1e-4)
+
+
+def resume_from_own_folder(loras, root):
+    """Each process has a folder of its own, as on machines without a common disk; what it says is kept."""
+    rank = os.environ["RANK"]
+    try:
+        distill(loras, root / rank, steps=3, resume="auto")
+    except SystemExit as end:
+        (root / f"said by {rank}").write_text(end.code)
+    os._exit(0)
+
+
+def test_processes_that_find_different_checkpoints_are_refused(loras, tmp_path):
+    distill(loras, tmp_path / "0", batch_size=6, steps=2, save_every=1)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    shutil.rmtree(tmp_path / "1/checkpoints/000002")
+    together(partial(resume_from_own_folder, loras, tmp_path))
+    for rank in range(2):
+        assert "find different checkpoints" in (tmp_path / f"said by {rank}").read_text()

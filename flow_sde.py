@@ -122,6 +122,16 @@ def step_weights(sigmas, noise_level, weighting):
     raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
+def centred_log_ratio(x_next, mean, mean_old, std):
+    """log pi(x_next) - log pi_old(x_next) + ||mean - mean_old||^2 / (2 std^2), averaged over dimensions: all
+    (B, ...) -> (B,).
+
+    On what the old policy draws a log-ratio has a negative mean, the more the policy has drifted, so a clip
+    range would cut one side only. Without that mean (GRPO-Guard, arXiv 2510.22319) it is
+    (x_next - mean_old)(mean - mean_old) / std^2."""
+    return ((x_next - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
+
+
 def clipped_surrogate(log_ratio, advantage, clip_range):
     """PPO's loss, -min(ratio A, clip(ratio) A), with ratio = exp(log pi_new - log pi_old). (B,) -> (B,)."""
     assert log_ratio.shape == advantage.shape, "one number per sample each"

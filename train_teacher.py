@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 # isort: off
-from flow_sde import clipped_surrogate, generators, kl, kl_weight, log_prob, randn, rollout
+from flow_sde import centred_log_ratio, clipped_surrogate, generators, kl, kl_weight, log_prob, randn, rollout
 from flow_sde import training_sigmas, transition, update_average
 from flow_sde import by_task, load_model, save_lora, take_rows, to_device
 from flow_sde import TOY_DIR, Run, check, descend, draw_rows, listing, load_prompts, parse_args, parse_specs
@@ -207,15 +207,12 @@ def reference_velocity(x, t, cond, tasks):
 
 
 def log_ratio_of(s, rows, mean, std):
-    """log pi(a|s) - log pi_old(a|s) of a step's rows: (B,).
-
-    On what the old policy draws it has a negative mean, the more the policy has drifted, so the clip range
-    would cut one side only. --ratio-norm (GRPO-Guard, arXiv 2510.22319) leaves that mean out, which makes it
-    (x_next - mean_old)(mean - mean_old) / std^2, and divides by the step's scale: one clip range fits all."""
+    """log pi(a|s) - log pi_old(a|s) of a step's rows: (B,). With --ratio-norm centred, and over the step's
+    scale, so that one clip range fits all steps."""
     if not args.ratio_norm:
         return log_prob(s.x_next[rows], mean, std) - s.log_prob[rows]
     mean_old, _ = gaussian(s.x[rows], s.v[rows], s.t, s.t_next)
-    centred = ((s.x_next[rows] - mean_old) * (mean - mean_old)).flatten(1).mean(1) / std**2
+    centred = centred_log_ratio(s.x_next[rows], mean, mean_old, std)
     return centred / math.sqrt(2 * kl_weight(s.t, s.t_next, args.noise_level, args.sde))
 
 

@@ -15,6 +15,7 @@ from flow_sde import (
     clipped_surrogate,
     generators,
     kl,
+    kl_weight,
     log_prob,
     pick_prompts,
     randn,
@@ -22,16 +23,12 @@ from flow_sde import (
     step_weights,
     transition,
     update_average,
+    velocity_distance,
 )
 
 SIGMAS = sigma_schedule(10)
 STEPS = list(zip(SIGMAS, SIGMAS[1:]))
 X, V, V2 = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
-
-
-def square(x):
-    """|x|^2 / d of every sample: (B, ...) -> (B,)."""
-    return x.square().flatten(1).mean(1)
 
 
 # -- transition: N(mean, std^2) ----------------------------------------------------------------------------
@@ -116,13 +113,17 @@ def test_log_prob_of_a_step_without_noise():
     assert [step.log_prob is not None for step in steps] == [False, True, True, False]
 
 
-def test_kl_is_a_weighted_velocity_distance():
-    """KL = w(t) |v - v_teacher|^2 with w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2."""
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_kl_is_a_weighted_velocity_distance(sde):
+    """KL = w(t) mean (v - v_teacher)^2; of the flow-SDE w(t) = dt/2 (1-t)/t (a/2 + 1/a)^2 for t < 1."""
     a, x, v, v2 = 0.7, X.double(), V.double(), V2.double()
-    for t, t_next in STEPS[1:]:
-        (mean, std), (mean2, _) = (transition(x, velocity, t, t_next, a) for velocity in (v, v2))
-        w = (t - t_next) / 2 * (1 - t) / t * (a / 2 + 1 / a) ** 2
-        assert torch.allclose(kl(mean, mean2, std), w * square(v - v2), rtol=1e-9)
+    for t, t_next in STEPS[:-1]:
+        (mean, std), (mean2, _) = (transition(x, velocity, t, t_next, a, sde) for velocity in (v, v2))
+        w = kl_weight(t, t_next, a, sde)
+        assert torch.allclose(kl(mean, mean2, std), w * velocity_distance(v, v2), rtol=1e-9)
+        if sde == "flow" and t < 1:
+            assert w == pytest.approx((t - t_next) / 2 * (1 - t) / t * (a / 2 + 1 / a) ** 2)
+    assert torch.allclose(velocity_distance(v, v2), (v - v2).square().flatten(1).mean(1))
 
 
 def test_kl_of_equals():
@@ -137,36 +138,23 @@ def test_kl_of_equals():
 # -- step_weights ------------------------------------------------------------------------------------------
 
 
-def unit_kls(steps, sde, noise_level=0.7):
-    """w(t) of every step: the KL of two velocities that differ by 1."""
-    found, one = [], torch.ones(1, 4)
-    for t, t_next in steps:
-        (mean, std), (other, _) = (transition(one, v * one, t, t_next, noise_level, sde) for v in (0.0, 1.0))
-        found.append(kl(mean, other, std).item())
-    return found
-
-
-@pytest.mark.parametrize("sde", ["flow", "cps"])
-def test_step_weights(sde):
-    """kl: 1. uniform: mean w / w(t). kl-dt: dt. dt2: dt^2/2 / w(t)."""
-    steps = STEPS[:-1]
-    w, dt = unit_kls(steps, sde), [t - t_next for t, t_next in steps]
-    mean = sum(w) / len(w)
-    expected = {"kl": [1.0] * len(w), "kl-dt": dt, "uniform": [mean / wt for wt in w]}
-    expected["dt2"] = [d * d / 2 / wt for d, wt in zip(dt, w)]
+def test_step_weights():
+    """What a velocity distance counts. kl: w(t). uniform: the mean of w. kl-dt: dt w(t). dt2: dt^2/2."""
+    sigmas, dt = SIGMAS[:-1], [t - t_next for t, t_next in STEPS[:-1]]
+    w = [kl_weight(t, t_next, 0.7) for t, t_next in STEPS[:-1]]
+    expected = {"kl": w, "kl-dt": [d * wt for d, wt in zip(dt, w)], "uniform": [sum(w) / len(w)] * len(w)}
+    expected["dt2"] = [d * d / 2 for d in dt]
     assert expected.keys() == set(WEIGHTINGS) and max(w) > 10 * min(w)
-    for weighting, factors in expected.items():
-        found = step_weights(steps, 0.7, sde, weighting)
-        assert list(found) == SIGMAS[:-2] and list(found.values()) == pytest.approx(factors, rel=1e-3)
+    for weighting, weights in expected.items():
+        found = step_weights(sigmas, 0.7, weighting)
+        assert list(found) == sigmas[:-1] and list(found.values()) == pytest.approx(weights, rel=1e-3)
 
 
 @pytest.mark.parametrize("weighting, share", list(zip(WEIGHTINGS, (0.111, 0.641, 0.757, 0.466))))
-def test_share_of_the_last_learnt_step(weighting, share):
-    """Of the loss, ten steps, the same velocity distance at every step: README's table."""
-    steps = STEPS[:-1]
-    factors = step_weights(steps, 0.7, "flow", weighting).values()
-    terms = [factor * w for factor, w in zip(factors, unit_kls(steps, "flow"))]
-    assert terms[-1] / sum(terms) == pytest.approx(share, abs=1e-3)
+def test_share_of_the_last_step(weighting, share):
+    """Of the loss, ten steps, the same distance at every step: the table of experiments/README.md."""
+    weights = list(step_weights(SIGMAS[:-1], 0.7, weighting).values())
+    assert weights[-1] / sum(weights) == pytest.approx(share, abs=1e-3)
 
 
 # -- policy gradients --------------------------------------------------------------------------------------

@@ -507,8 +507,8 @@ class Model:
         """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}: it adds alpha/r B A to a weight."""
         assert name not in self.adapters, f"there is an adapter {name} already"
         layers, self.adapters[name], self.sources[name] = linear_layers(self.transformer), [], source
-        for n, (A, B, alpha) in lora.items():
-            layer = layers[n]
+        for n in filter(lora.__contains__, layers):  # in the network's order, the same for all adapters
+            layer, (A, B, alpha) = layers[n], lora[n]
             if not isinstance(layer, LoRA):
                 kind = type(layer)
                 layer.__class__ = type("LoRA" + kind.__name__, (LoRA, kind), {})

@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from flow_sde import (
     SD3,
+    LoRA,
+    by_task,
     generators,
     linear_layers,
     merge_loras,
+    merge_ties,
     randn,
     read_lora,
     save_lora,
     take_rows,
-    truncate_lora,
     update_average,
 )
 
@@ -133,25 +135,23 @@ def test_a_scheduler_of_another_kind_is_refused(name, settings, message, tmp_pat
         SD3(str(base)).sigmas(4, 32)
 
 
-# -- velocities: many adapters in one batch ----------------------------------------------------------------
-
-
-def test_mixed_batch_equals_one_adapter_at_a_time(model):
-    x, t, cond = inputs(model, 4)
-    names, scales = ["ocr", "base", "compose", "student"], [1.0, 4.0, 2.0, 1.0]
-    mixed = model.velocity(x, t, cond, names, scales)
-    for i in range(4):
-        alone = model.velocity(x[i : i + 1], t, take_rows(cond, [i]), names[i], scales[i])
-        assert torch.allclose(mixed[i], alone[0], atol=2e-5), names[i]
-    assert (mixed[0] - model.velocity(x, t, cond, "scene")[0]).abs().max() > 1e-3
-    assert torch.allclose(model.velocity(x, t, cond, "base"), SD3(BASE).velocity(x, t, cond), atol=1e-6)
+# -- velocities: one adapter a forward -----------------------------------------------------------------------
 
 
 def test_guidance(model):
-    """v_uncond + g (v - v_uncond)."""
+    """v_uncond + g (v - v_uncond), in one forward."""
     x, t, cond = inputs(model)
     v, v_uncond = (model.velocity(x, t, c, "ocr") for c in (cond, take_rows(model.null, [0] * 3)))
     assert torch.allclose(model.velocity(x, t, cond, "ocr", 4.5), v_uncond + 4.5 * (v - v_uncond), atol=1e-4)
+
+
+def test_every_task_of_a_batch_has_its_own_rows():
+    """by_task gives each run of equal tasks as a slice; take_rows takes slices and numbers alike."""
+    assert by_task(["a", "a", "b", "a"]) == [("a", slice(0, 2)), ("b", slice(2, 3)), ("a", slice(3, 4))]
+    cond = torch.arange(4), ["w", "x", "y", "z"]
+    for rows in (slice(1, 3), [1, 2]):
+        tensor, texts = take_rows(cond, rows)
+        assert tensor.tolist() == [1, 2] and texts == ["x", "y"]
 
 
 def test_teachers_between_forward_and_backward_do_not_cost_the_student_its_gradient(model):
@@ -164,14 +164,14 @@ def test_teachers_between_forward_and_backward_do_not_cost_the_student_its_gradi
         loss = model.velocity(x, t, cond, "student", 2.0).square().mean()
         if ask_teachers:
             with torch.no_grad():
-                model.velocity(x, t, cond, list(TASKS), 2.0)
+                model.velocity(x, t, cond, "ocr", 2.0)
                 model.velocity(x, t, cond, "base")
         grads.append(torch.autograd.grad(loss, params))
     model.transformer.disable_gradient_checkpointing()
     assert close(grads[0], grads[1]) and close(grads[0], grads[2])
-    silent = {n for (n, _), g in zip(model.weights("student"), grads[0]) if g.abs().max() == 0}
-    assert all(n.endswith("3.attn.add_q_proj") for n in silent)  # the last block's text queries lead nowhere
-    assert not any(p.requires_grad for p in model.weights("ocr").values())
+    silent = [n for n, B in zip(model.lora("student"), grads[0][1::2]) if B.abs().max() == 0]
+    assert silent == ["transformer_blocks.3.attn.add_q_proj"]  # the last block's text queries lead nowhere
+    assert not any(p.requires_grad for p in model.adapters["ocr"])
 
 
 @pytest.fixture(scope="module")
@@ -197,49 +197,48 @@ def varied():
     return model, dense
 
 
-MIXED = ["low", "student", "high", "base", "full"], [1.0, 2.0, 1.0, 3.0, 2.0]
+NAMES = {"low": 1.0, "student": 2.0, "high": 1.0, "base": 3.0, "full": 2.0}  # and their guidance
 
 
-def test_every_row_is_the_network_with_its_deltas(varied):
+def test_every_adapter_is_the_network_with_its_deltas(varied):
     model, dense = varied
-    x, t, cond = inputs(model, 5)
-    v = model.velocity(x, t, cond, *MIXED)
-    for i, (name, guidance) in enumerate(zip(*MIXED)):
-        expected = dense[name].velocity(x[i : i + 1], t, take_rows(cond, [i]), guidance=guidance)
-        assert torch.allclose(v[i], expected[0], atol=2e-5), name
+    x, t, cond = inputs(model, 2)
+    for name, guidance in NAMES.items():
+        v = model.velocity(x, t, cond, name, guidance)
+        assert torch.allclose(v, dense[name].velocity(x, t, cond, guidance=guidance), atol=2e-5), name
 
 
-def test_the_students_gradient_in_a_mixed_batch_is_that_of_its_row(varied):
+def test_the_students_gradient(varied):
     """dA = alpha/r B' dW and dB = alpha/r dW A', also under gradient checkpointing."""
     model, dense = varied
-    x, t, cond = inputs(model, 5)
+    x, t, cond = inputs(model, 2)
     params, ramp = model.adapters["student"], torch.linspace(-1, 1, x.numel()).view_as(x)
     layers = linear_layers(dense["student"].transformer)
     weights = [layers[n].weight.requires_grad_() for n in model.lora("student")]
-    alone = dense["student"].velocity(x[1:2], t, take_rows(cond, [1]), guidance=2.0)
-    deltas, expected = torch.autograd.grad((alone * ramp[1:2]).sum(), weights), []
+    alone = dense["student"].velocity(x, t, cond, guidance=2.0)
+    deltas, expected = torch.autograd.grad((alone * ramp).sum(), weights), []
     for dW, A, B in zip(deltas, params[::2], params[1::2]):
         expected += [5 / 3 * B.T @ dW, 5 / 3 * dW @ A.T]
     for checkpointing in (False, True):
         if checkpointing:
             model.transformer.enable_gradient_checkpointing(model._checkpointed)
-        v = model.velocity(x, t, cond, *MIXED)
+        v = model.velocity(x, t, cond, "student", 2.0)
         with torch.no_grad():
             model.velocity(x, t, cond, "low")
-        assert close(torch.autograd.grad((v * ramp).sum(), params), expected, 1e-5, 1e-4)
+        assert close(torch.autograd.grad((v * ramp).sum(), params), expected, 1e-3, 1e-3)
     model.transformer.disable_gradient_checkpointing()
 
 
 def test_a_gradient_through_frozen_adapters(varied):
     """As a reward's, with respect to the state; the same under gradient checkpointing."""
     model, _ = varied
-    x, t, cond = inputs(model, 5)
+    x, t, cond = inputs(model, 2)
     x.requires_grad_()
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
             model.transformer.enable_gradient_checkpointing(model._checkpointed)
-        v = model.velocity(x, t, cond, ["low", "high"] * 2 + ["base"])
+        v = model.velocity(x, t, cond, "high")
         with torch.no_grad():
             model.velocity(x, t, cond, "student")
         grads += torch.autograd.grad(v.square().sum(), x)
@@ -247,46 +246,65 @@ def test_a_gradient_through_frozen_adapters(varied):
     assert torch.allclose(*grads, atol=1e-5) and grads[0].abs().max() > 0
 
 
-def test_frozen_adapters_are_asked_as_they_are_now(model):
-    """The copies that a batch gathers from are made anew when the weights have been written, as the moving
-    average's are."""
+def test_an_average_is_applied_as_it_is_now(model):
     x, t, cond = inputs(model)
-
-    def asked(name):
-        return model.velocity(x, t, cond, [name, "scene", "base"])
-
     model.copy_adapter("ocr", "ema")
-    assert torch.equal(asked("ema"), asked("ocr"))
+    assert torch.equal(model.velocity(x, t, cond, "ema"), model.velocity(x, t, cond, "ocr"))
     update_average(model.adapters["ema"], model.adapters["scene"], 0.5, 1)
-    assert torch.equal(asked("ema"), asked("scene"))
-    assert (asked("scene") - asked("ocr"))[0].abs().max() > 1e-3
+    assert torch.equal(model.velocity(x, t, cond, "ema"), model.velocity(x, t, cond, "scene"))
+    assert (model.velocity(x, t, cond, "scene") - model.velocity(x, t, cond, "ocr")).abs().max() > 1e-3
 
 
-def test_compiled_blocks_ask_the_adapters_of_the_moment(model):
-    """torch.compile, which silently ignores peft's own routing: two graphs (of the last block and of all
-    others) serve all mixes of frozen adapters, three the student with its gradient; every mix answers as it
-    should, and none is computed uncompiled. Slow: five graphs are traced."""
+class Doubled(torch.nn.Linear):
+    """A linear layer of another class, with its own forward."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_adapter_on_another_kind_of_linear_layer():
+    model, layer = SD3(BASE), "transformer_blocks.1.attn.to_q"
+    module = linear_layers(model.transformer)[layer]
+    module.__class__ = Doubled
+    A, B, x = torch.randn(2, 96), torch.randn(96, 2), torch.randn(3, 5, 96)
+    expected = 2 * torch.nn.functional.linear(x, module.weight, module.bias)
+    model.add_adapter("x", {layer: (A, B, 6)})
+    assert isinstance(module, LoRA) and isinstance(module, Doubled)
+    for name, delta in (("x", x @ A.T @ B.T * 3), ("base", 0)):
+        model.applied.name = name
+        assert torch.allclose(module(x), expected + delta, atol=1e-3)
+
+
+def test_an_adapter_of_which_nothing_can_be_learnt_is_refused(loras, tmp_path, capsys):
+    """Alpha 0 has no gradient; a LoRA whose B alone is zero has one, as an untrained LoRA."""
+    lora = lora_of(loras["ocr"])
+    save_lora({n: (A, B, 0) for n, (A, B, _) in lora.items()}, tmp_path / "mute")
+    save_lora({n: (A, 0 * B, alpha) for n, (A, B, alpha) in lora.items()}, tmp_path / "new")
+    model = SD3(BASE)
+    for name in ("mute", "new"):
+        model.load_adapter(name, str(tmp_path / name))
+        assert "changes nothing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing can be learnt"):
+        model.train_adapter("mute")
+    assert len(model.train_adapter("new")) == 2 * len(lora)
+
+
+def test_compiled_blocks_apply_the_adapter_of_the_moment(model):
+    """torch.compile, with and without gradient checkpointing; what cannot be compiled is an error."""
     x, t, cond = inputs(model, 4)
-    mixes = [["ocr", "base", "compose", "scene"], ["compose"] * 4, ["ocr", "ocr", "anchor", "scene"]]
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
 
     def ask():
         with torch.no_grad():
-            velocities = [model.velocity(x, t, cond, names) for names in mixes]
+            velocities = [model.velocity(x, t, cond, name) for name in ("ocr", "base", "scene", "ocr")]
         v = model.velocity(x, t, cond, "student")
         return *velocities, v, *torch.autograd.grad(v.square().sum(), model.adapters["student"])
 
     plain = ask()
     try:
-        model.compile(backend=backend)
+        model.compile(backend="eager")
         compiled = ask()
         model.transformer.enable_gradient_checkpointing(model._checkpointed)
         checkpointed = ask()
-        assert len(graphs) == 5
         with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="fullgraph=True"):
             model.velocity(x[:3], t, take_rows(cond, range(3)), "scene")
     finally:
@@ -295,7 +313,7 @@ def test_compiled_blocks_ask_the_adapters_of_the_moment(model):
             block._compiled_call_impl = None
         torch._dynamo.reset()
     assert close(plain, compiled, 1e-4) and close(plain, checkpointed, 1e-4)
-    assert min((a - b).abs().max() for i, a in enumerate(plain[:4]) for b in plain[:i]) > 1e-3
+    assert min((a - b).abs().max() for i, a in enumerate(plain[:3]) for b in plain[:i]) > 1e-3
 
 
 # -- LoRAs: saved, merged, read ----------------------------------------------------------------------------
@@ -317,26 +335,58 @@ def test_a_saved_lora_is_the_same_for_us_peft_and_diffusers(model, tmp_path):
     assert (ours - model.velocity(x, t, cond)).abs().max() > 1e-2
 
 
+def test_programs_that_read_no_alpha_have_the_same_strength(tmp_path):
+    """They take alpha = rank: in pytorch_lora_weights.safetensors alpha/rank is in B, whatever the rank."""
+    gen = torch.Generator().manual_seed(0)
+    sizes = {"transformer_blocks.0.attn.to_q": (2, 8), "transformer_blocks.1.attn.to_k": (5, -3)}
+    lora = {
+        n: (torch.randn(r, 96, generator=gen), torch.randn(96, r, generator=gen), a)
+        for n, (r, a) in sizes.items()
+    }
+    save_lora(lora, tmp_path)
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    for n in lora:
+        A, B = (tensors[f"transformer.{n}.lora_{kind}.weight"].double() for kind in "AB")
+        assert torch.allclose(B @ A, delta(lora, n), atol=1e-4)
+    again = lora_of(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(torch.allclose(delta(again, n), delta(lora, n), atol=1e-4) for n in lora)
+    pipe, model = StableDiffusion3Pipeline.from_pretrained(BASE), SD3(BASE)
+    pipe.load_lora_weights(str(tmp_path))
+    model.add_adapter("x", lora)
+    x, t, cond = inputs(model)
+    assert torch.allclose(model.velocity(x, t, cond, "x"), called(pipe.transformer, x, t, cond), atol=1e-3)
+
+
 def test_merge_is_the_exact_weighted_sum_of_deltas():
-    """Of factors of any rank and alphas of either sign; truncated, nothing of that rank is closer."""
+    """Of factors of any rank and alphas of either sign."""
     gen = torch.Generator().manual_seed(0)
     a, b = (
         {"x": (torch.randn(rank, 9, generator=gen), torch.randn(7, rank, generator=gen), alpha)}
         for rank, alpha in ((4, 8), (2, -3))
     )
-    exact = 0.25 * delta(a, "x") + 0.75 * delta(b, "x")
-    merged = merge_loras([(a, 1), (b, 3)])
-    assert len(merged["x"][0]) == 6 and torch.allclose(delta(merged, "x"), exact, atol=1e-5)
-    assert torch.allclose(delta(truncate_lora(merged, 6), "x"), exact, atol=1e-5)
-    error, best = (
-        (delta(truncate_lora(merged, 3), "x") - exact).norm(),
-        torch.linalg.svdvals(exact)[3:].norm(),
-    )
-    assert error.item() == pytest.approx(best.item(), rel=1e-3)
+    merged = merge_loras([(a, 0.25), (b, 3.0)])
+    expected = 0.25 * delta(a, "x") + 3 * delta(b, "x")
+    assert len(merged["x"][0]) == 6 and torch.allclose(delta(merged, "x"), expected, atol=1e-5)
+
+
+def test_ties_is_pefts(loras, tmp_path):
+    network = SD3(BASE).transformer
+    peft = PeftModel.from_pretrained(network, loras["compose"], adapter_name="compose")
+    for task in ("ocr", "scene"):
+        peft.load_adapter(loras[task], adapter_name=task)
+    how = dict(adapter_name="ties", combination_type="ties_svd", density=0.5)
+    peft.add_weighted_adapter(list(TASKS), [1.0] * 3, **how)
+    merged = merge_ties([lora_of(loras[task]) for task in TASKS], density=0.5)
+    for n in merged:
+        layer = peft.base_model.model.get_submodule(n)
+        A, B = layer.lora_A["ties"].weight, layer.lora_B["ties"].weight
+        assert len(A) == len(merged[n][0]) == 4
+        theirs = layer.scaling["ties"] * B.double() @ A.double()
+        assert torch.allclose(delta(merged, n), theirs, atol=1e-4), n
 
 
 def test_cold_start_merge(loras, tmp_path):
-    """cat is exact; svd has the rank it is told; factors averages A and B, and says how far off that is."""
+    """cat is exact; svd is the closest of its rank; factors averages A and B, and says how far off it is."""
     teachers = [f"a={loras['compose']},weight=3", f"b={loras['ocr']}"]
     for method, rank in (("cat", None), ("svd", 3), ("factors", None)):
         run("cold_start.py", "merge", method=method, rank=rank, teachers=teachers, out=tmp_path / method)
@@ -346,6 +396,8 @@ def test_cold_start_merge(loras, tmp_path):
     for n in a:
         exact = 0.75 * delta(a, n) + 0.25 * delta(b, n)
         assert torch.allclose(delta(cat, n), exact, atol=1e-6) and len(svd[n][0]) == 3
+        best = torch.linalg.svdvals(exact)[3:].norm().item()
+        assert (delta(svd, n) - exact).norm().item() == pytest.approx(best, rel=1e-3)
         for ours, x, y in zip(mean[n][:2], a[n], b[n]):
             assert torch.allclose(ours, 0.75 * x + 0.25 * y, atol=1e-6)
         off += (delta(mean, n) - exact).square().sum().item()
@@ -489,7 +541,7 @@ def test_alpha_where_files_have_it(header, beside, alpha, loras, tmp_path, capsy
     found = lora_of(tmp_path / "x.safetensors")
     assert {a for *_, a in found.values()} == {alpha}
     assert all(torch.equal(found[n][0], lora[n][0]) for n in lora)
-    assert ("says nothing of its alpha" in capsys.readouterr().out) == (alpha == 4)
+    assert ("does not give its alpha" in capsys.readouterr().out) == (alpha == 4)
 
 
 def in_layout(lora, layout):

@@ -1096,6 +1096,7 @@ def parse_args(parser, toy):
         defaults = defaults_of(args.model)
         for name in open_flags:
             setattr(args, name, defaults[name])
+        say("defaults of the model: " + ", ".join(f"{name}={defaults[name]}" for name in open_flags))
     check_flags(parser._actions, args)
     return args
 

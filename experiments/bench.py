@@ -44,7 +44,19 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the scripts lie one folder above
 import flow_sde
 from experiments import meter
-from flow_sde import HERE, SD3, die, kl, pipeline_folder, randn, rollout, transition, write_json
+from flow_sde import (
+    HERE,
+    SD3,
+    by_task,
+    die,
+    kl,
+    pipeline_folder,
+    randn,
+    rollout,
+    take_rows,
+    transition,
+    write_json,
+)
 
 RECIPES = ["ours", "two-pass", "released"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -173,6 +185,14 @@ def ours(folder, base, boundary):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def ask_teachers(model, x, t, cond, tasks):
+    """Every task's teacher, as distill.py's `label`."""
+    answers = []
+    for task, rows in by_task(tasks):
+        answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, args.guidance))
+    return torch.cat(answers)
+
+
 def alone(base):
     """A float32 network for one model, with diffusers' own norms."""
     model = SD3(base, torch.float32, device, gradient_checkpointing=args.gradient_checkpointing)
@@ -194,7 +214,7 @@ def walked_again(folder, base, boundary, released):
     for i, name in enumerate(names):
         if released and name != "student":
             models[name] = alone(base)
-            models[name].text_encoders = []  # they and the VAE are not what is compared
+            # Text encoders and the VAE are not what is compared
             for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
                 setattr(models[name].pipe, part, None)
         models[name].load_adapter(name, f"{folder}/{i}")
@@ -208,9 +228,9 @@ def walked_again(folder, base, boundary, released):
         conds = student.encode([prompts[i % len(prompts)] for i in range(args.batch_size)])
         for i in range(0, args.batch_size, args.micro_batch_size):
             cond = [c[i : i + args.micro_batch_size] for c in conds]
-            tasks = [names[k % args.teachers] for k in range(len(cond[0]))]
+            tasks = sorted(names[k % args.teachers] for k in range(len(cond[0])))
             if released:
-                tasks = tasks[0]  # a batch of one task at a time
+                tasks = ["t0"] * len(tasks)  # a batch of one task at a time
             teacher = models["t0"] if released else student
             gens = flow_sde.generators(0, len(prompts), range(len(cond[0])))
 
@@ -226,7 +246,7 @@ def walked_again(folder, base, boundary, released):
                 with autocast:
                     v = student.velocity(x, t, cond, "student", args.guidance)
                 with torch.no_grad(), autocast:
-                    v_teacher = teacher.velocity(x, t, cond, tasks, args.guidance)
+                    v_teacher = ask_teachers(teacher, x, t, cond, tasks)
                     v_anchor = models["anchor"].velocity(x, t, cond, "anchor", args.guidance)
                 mean, std = transition(x, v, t, t_next, 0.7)
                 to_teacher = kl(mean, transition(x, v_teacher, t, t_next, 0.7)[0], std)
@@ -278,9 +298,9 @@ def gpu_report(folder, base, rate, out):
     def step(size, teachers=3):
         x = torch.randn(size, *shape, device=device)
         cond = [c.expand(size, *c.shape[1:]) for c in model.null]
-        tasks = [f"t{i % teachers}" for i in range(size)]
+        tasks = sorted(f"t{i % teachers}" for i in range(size))
         with torch.no_grad():
-            v_teacher = model.velocity(x, 0.5, cond, tasks, args.guidance)
+            v_teacher = ask_teachers(model, x, 0.5, cond, tasks)
             v_anchor = model.velocity(x, 0.5, cond, "anchor", args.guidance)
         v = model.velocity(x, 0.5, cond, "student", args.guidance)
         ((v - v_teacher).square() + 0.02 * (v - v_anchor).square()).sum().backward()

@@ -22,12 +22,12 @@ def numbers(dtype, device, checkpointing=False):
     params = model.train_adapter("student")
     x, w = (randn(generators(seed, 0, range(4)), model.latent_shape(32), device) for seed in (0, 1))
     cond = model.encode(PROMPTS)
-    names = ["ocr", "base", "compose", "ocr"]
     with torch.no_grad():
-        mixed = model.velocity(x, 0.7, cond, names, [1.0, 4.0, 2.0, 1.0])
+        asked = {"ocr": 1, "base": 4, "compose": 2}  # and their guidance
+        adapters = [model.velocity(x, 0.7, cond, name, guidance) for name, guidance in asked.items()]
     v = model.velocity(x, 0.7, cond, "student", 4.5)
     with torch.no_grad():
-        model.velocity(x, 0.7, cond, names, 2.0)
+        model.velocity(x, 0.7, cond, "compose", 2.0)
     (v * w).sum().backward()
     update_average(model.adapters["ocr"], model.adapters["compose"], decay=0.9, update=2)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def numbers(dtype, device, checkpointing=False):
     found = {
         "embeddings": cond[0],
         "pooled": cond[1],
-        "adapters": mixed,
+        "adapters": torch.cat(adapters),
         "average": averaged,
         "student": v.detach(),
         "gradient": torch.cat([p.grad.flatten() for p in params]),

@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 
 from flow_sde import (
-    FAMILIES,
     defaults_of,
+    family_of,
     generators,
-    learnt,
     linear_layers,
+    pipeline_folder,
     randn,
     rollout,
     save_lora,
-    take_rows,
+    training_sigmas,
 )
 
 GUIDANCE = dict(sd3=4.5, flux=3.5, schnell=1.0, klein=4.0, flux2=4.0, qwen=4.0, zimage=5.0, sana=4.5)
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    return FAMILIES[read_json(folder, "model_index.json")["_class_name"]](folder, **options)
+    return family_of(pipeline_folder(folder)[1])(folder, **options)
 
 
 def stock(name, folder, x, steps, size, guidance, lora=None):
@@ -132,24 +132,23 @@ def with_adapters(model, rank=4):
     return model.train_adapter("student")
 
 
+def guidance_of(name, model):
+    return GUIDANCE[name] if model.guidable else 1.0
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_adapters_in_a_mixed_batch(name, folder):
-    """Samples of a batch with other adapters, guidances and prompts are what they are alone."""
+def test_a_sample_is_what_it_is_alone(name, folder):
+    """With prompts of other lengths beside it, guided."""
     model = load(folder(name))
     with_adapters(model)
-    cond, x, names, scales = model.encode(PROMPTS), noise(model, 32), *mixture(model, name)
+    x, guidance = noise(model, 32), guidance_of(name, model)
     with torch.no_grad():
-        mixed = model.velocity(x, 0.6, cond, names, scales)
+        together = model.velocity(x, 0.6, model.encode(PROMPTS), "teacher", guidance)
         for i in range(3):
-            alone = model.velocity(x[i : i + 1], 0.6, take_rows(cond, [i]), names[i], scales[i])
-            assert torch.allclose(mixed[i], alone[0], atol=1e-5), names[i]
-        base = model.velocity(x, 0.6, cond, "base", scales)
-    assert (mixed - base)[:2].flatten(1).abs().amax(1).min() > 1e-2
-
-
-def mixture(model, name):
-    """Whom the samples ask, with which guidance."""
-    return ["student", "teacher", "base"], [GUIDANCE[name], 1.0, 2.0] if model.guidable else [1.0] * 3
+            alone = model.velocity(x[i : i + 1], 0.6, model.encode(PROMPTS[i : i + 1]), "teacher", guidance)
+            assert torch.allclose(together[i], alone[0], atol=1e-4)
+        base = model.velocity(x, 0.6, model.encode(PROMPTS), "base", guidance)
+    assert (together - base).flatten(1).abs().amax(1).min() > 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,29 +157,29 @@ def test_the_students_gradient(name, folder):
     gradient checkpointing."""
     model = load(folder(name))
     params, cond, x = with_adapters(model), model.encode(PROMPTS), noise(model, 32)
-    scales, grads = mixture(model, name)[1], []
+    guidance, grads = guidance_of(name, model), []
     for checkpointing in (False, True):
         if checkpointing:
             model.transformer.enable_gradient_checkpointing(model._checkpointed)
-        loss = model.velocity(x, 0.6, cond, "student", scales).square().sum()
+        loss = model.velocity(x, 0.6, cond, "student", guidance).square().sum()
         with torch.no_grad():
-            model.velocity(x, 0.6, cond, ["teacher", "base", "teacher"], scales)
+            model.velocity(x, 0.6, cond, "teacher", guidance)
         grads.append(torch.autograd.grad(loss, params, allow_unused=True))
-    plain, weights, merged = load(folder(name)), model.weights("student"), {}
+    plain, layers, merged = load(folder(name)), list(model.lora("student")), {}
     network = plain.transformer
-    for (layer, kind), A in weights.items():
-        if kind == "A":
-            merged[layer + ".weight"] = linear_layers(network)[layer].weight + 2 * weights[layer, "B"] @ A
+    for layer, A, B in zip(layers, params[::2], params[1::2], strict=True):
+        merged[layer + ".weight"] = linear_layers(network)[layer].weight + 2 * B @ A
     plain.transformer = lambda *args, **kwargs: functional_call(network, merged, args, kwargs)
     plain.transformer.config = network.config
-    loss = plain.velocity(x, 0.6, cond, "base", scales).square().sum()
+    loss = plain.velocity(x, 0.6, cond, "base", guidance).square().sum()
     expected = torch.autograd.grad(loss, params, allow_unused=True)
-    silent = [n for n, g in zip(weights, expected) if g is None or g.abs().max() == 0]
+    names = [f"{layer} {kind}" for layer in layers for kind in "AB"]
+    silent = [n for n, g in zip(names, expected) if g is None or g.abs().max() == 0]
     assert len(silent) <= 4, silent  # the last block's words lead nowhere
     for found in grads:
-        for n, a, b in zip(weights, found, expected, strict=True):
+        for n, a, b in zip(names, found, expected, strict=True):
             a, b = (torch.zeros(1) if g is None else g for g in (a, b))
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * max(1, b.abs().max())), n
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * max(1, b.abs().max())), n
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,7 +203,7 @@ def test_lora_in_plain_diffusers_and_back(name, folder, tmp_path):
         found = lora_of(source, folder(name))
         assert found.keys() == lora.keys()
         for n, (A, B, alpha) in found.items():
-            assert torch.equal(A, lora[n][0]) and torch.equal(B, lora[n][1]) and alpha == 8
+            assert torch.equal(A, lora[n][0]) and torch.allclose(B * alpha, lora[n][1] * 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +224,7 @@ def test_every_stage(name, folder, tmp_path, numbers_only):
     defaults, args = defaults_of(base), read_json(student, "args.json")
     assert args["guidance"] == defaults["guidance"] and args["dtype"] == defaults["dtype"]
     assert made["model"].transformer.dtype == getattr(torch, defaults["dtype"])
-    assert len(read_log(student)) == 2 and made["sigmas"] == learnt(made["model"].sigmas(2, 32))
+    assert len(read_log(student)) == 2 and made["sigmas"] == training_sigmas(made["model"].sigmas(2, 32))
     before = saved(student)
     shutil.rmtree(student / "checkpoints/000002")
     run("distill.py", **quick, anchor="base", eval_num_steps=2, steps=2, resume="auto", out=student)
@@ -257,7 +256,7 @@ LAST_STEPS = [
 def test_the_last_step_is_learnt_where_it_is_a_long_one(name, size, start, folder):
     sigmas = load(folder(name)).sigmas(10, size)
     assert sigmas[-2] == pytest.approx(start, abs=0.006)
-    assert learnt(sigmas) == (sigmas if start >= 0.05 else sigmas[:-1])
+    assert training_sigmas(sigmas) == (sigmas if start >= 0.05 else sigmas[:-1])
 
 
 def test_a_last_step_without_density(folder, tmp_path, numbers_only):
@@ -265,18 +264,19 @@ def test_a_last_step_without_density(folder, tmp_path, numbers_only):
     save_lora(untrained(load(folder("flux"))), tmp_path / "lora")
     (tmp_path / "prompts.txt").write_text("a cup\n")
     quick = dict(model=folder("flux"), resolution=32, dtype="float32", prompts=f"x={tmp_path}/prompts.txt")
-    quick |= dict(steps=1, num_steps=3, batch_size=2, overwrite=True)
-    learn = quick | dict(teachers=f"x={tmp_path}/lora", out=tmp_path / "out")
+    quick |= dict(steps=1, num_steps=3, batch_size=2)
+    learn = quick | dict(teachers=f"x={tmp_path}/lora")
     for sde in ("flow", "cps", "ode"):
-        ns = run("distill.py", **learn, eval_num_steps=1, sde=sde)
-        seen = list(read_log(tmp_path / "out")[-1]["kl_by_sigma"].values())
+        ns = run("distill.py", **learn, eval_num_steps=1, sde=sde, out=tmp_path / sde)
+        seen = list(read_log(tmp_path / sde)[-1]["kl_by_sigma"].values())
         assert len(seen) == 3 and min(seen) > 0 and ns["params"][1].abs().max() > 0
-        run("cold_start.py", "sft", **learn, sde=sde)
+        run("cold_start.py", "sft", **learn, sde=sde, out=tmp_path / f"sft {sde}")
     said = refused("distill.py", **learn, eval_num_steps=1, sde="cps", objective="ppo")
     assert "needs the noise of --sde flow" in said
-    judged = dict(reward="jpeg", group_size=2, eval_num_steps=1, out=tmp_path / "teacher")
+    judged = dict(reward="jpeg", group_size=2, eval_num_steps=1)
     for sde, window, trained in (("flow", 0, 3), ("cps", 0, 2), ("flow", 1, 1)):
-        ns = run("train_teacher.py", **quick, **judged, sde=sde, sde_window=window)
+        own = dict(sde=sde, sde_window=window, out=tmp_path / f"teacher {sde} {window}")
+        ns = run("train_teacher.py", **quick, **judged, **own)
         assert len(ns["trajectory"]) == trained
 
 
@@ -299,10 +299,9 @@ def test_defaults(folder, tmp_path, capsys):
     assert defaults_of(folder("sana")) == distilled | sana
     draw = dict(prompt="a cup", num_images=1, num_steps=1, resolution=32)
     run("sample.py", model=folder("flux"), **draw, out=tmp_path / "out")
-    said = "its defaults: --guidance 3.5, --dtype bfloat16, --max-sequence-length 512"
-    assert said in capsys.readouterr().out
+    assert "guidance=3.5, dtype=bfloat16, max_sequence_length=512" in capsys.readouterr().out
     said = refused("sample.py", model=klein, **draw, guidance=4, out=tmp_path / "klein out")
-    assert "was distilled to do without" in said
+    assert "guidance was distilled into" in said
 
 
 @pytest.mark.parametrize(
@@ -311,7 +310,7 @@ def test_defaults(folder, tmp_path, capsys):
         ("flux", dict(no_t5=True), "--no-t5: "),
         ("qwen", dict(no_t5=True), "has no T5 that it could do without"),
         ("schnell", dict(guidance=3.5), "guidance 3.5: "),
-        ("schnell", dict(guidance=3.5), "was distilled to do without"),
+        ("schnell", dict(guidance=3.5), "guidance was distilled into"),
         ("flux", dict(resolution=72), "--resolution 72: this model draws multiples of 16"),
         ("sana", dict(resolution=48), "draws multiples of 32"),
         ("flux", dict(max_sequence_length=600), "the pipeline takes at most 512"),
@@ -324,14 +323,25 @@ def test_what_a_family_cannot_do_is_refused(name, flags, message, folder, tmp_pa
     assert message in refused("sample.py", model=folder(name), **draw, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("layer", ["all_x_embedder.2-1", "cap_embedder.1"])
-def test_a_layer_that_has_all_samples_in_one_row_is_refused(layer, folder, tmp_path):
-    model = load(folder("zimage"))
-    size = linear_layers(model.transformer)[layer]
-    part = torch.ones(1, size.in_features), torch.ones(size.out_features, 1), 1
-    save_lora(untrained(model) | {layer: part}, tmp_path / "lora")
-    draw = dict(prompt="a cup", num_images=1, num_steps=1, resolution=32, lora=tmp_path / "lora")
-    assert f"it adapts {layer}" in refused("sample.py", model=folder("zimage"), **draw, out=tmp_path / "out")
+def test_an_adapter_where_all_samples_tokens_are_one_row(folder):
+    """Z-Image's embedders see the tokens of all samples in one row; one adapter applies to all of them."""
+    model, layers = load(folder("zimage")), ("all_x_embedder.2-1", "cap_embedder.1")
+    sizes = {n: linear_layers(model.transformer)[n] for n in layers}
+    gen = torch.Generator().manual_seed(0)
+    lora = {}
+    for n, layer in sizes.items():
+        A, B = (
+            torch.randn(size, generator=gen) for size in ((1, layer.in_features), (layer.out_features, 1))
+        )
+        lora[n] = A, B, 1
+    model.add_adapter("x", lora)
+    cond, x = model.encode(PROMPTS), noise(model, 32)
+    with torch.no_grad():
+        found, base = (model.velocity(x, 0.6, cond, name) for name in ("x", "base"))
+        for n, (A, B, _) in lora.items():
+            sizes[n].weight += B @ A
+        expected = model.velocity(x, 0.6, cond)
+    assert torch.allclose(found, expected, atol=1e-4) and (found - base).abs().max() > 1e-2
 
 
 def test_an_unknown_family_is_refused(tmp_path):
@@ -341,11 +351,9 @@ def test_an_unknown_family_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_max_sequence_length_is_that_of_the_text(name, folder, capsys):
+def test_max_sequence_length_is_that_of_the_text(name, folder):
     model, text = load(folder(name), max_sequence_length=24), "a cup and " * 20
     assert model.encode([text])[0][0].shape[0] == (77 + 24 if name == "sd3" else 24)
-    model.note_long([text, "a cup"])
-    assert "of 2 prompts 1 are longer than text_encoder reads" in capsys.readouterr().out
 
 
 def test_layouts_of_the_original_network(folder, tmp_path):

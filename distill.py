@@ -50,7 +50,7 @@ TASKS = {"compose": "compose", "ocr": "ocr", "scene": "scene_dawn"}  # three ski
 TASKS |= {"blue": "blue", "green": "green", "red": "red"}  # three styles, for nights, noons and dusks
 TOY = dict(
     model=f"{TOY_DIR}/base",
-    teachers=[f"{task}={TOY_DIR}/teachers/{task}" for task in TASKS],
+    teachers=[f"{task}={TOY_DIR}/teachers/{task}" + ",weight=2" * (task == "compose") for task in TASKS],
     prompts=[f"{task}={TOY_DIR}/prompts/{file}_train.txt" for task, file in TASKS.items()],
     init="merge",
     resolution=32,
@@ -59,8 +59,9 @@ TOY = dict(
     batch_size=48,
     micro_batch_size=48,
     label_steps=5,
-    steps=120,
-    lr=2e-3,
+    steps=75,
+    lr=3e-3,
+    ema=0.6,
     compare=["sum", "ties"],
     eval_prompts=[f"{task}={TOY_DIR}/prompts/{file}_test.txt" for task, file in TASKS.items()],
     reward=[f"toy.{task}" for task in TASKS],

@@ -72,7 +72,7 @@ add("--model", help="diffusers folder or hub id of the base; without it, the toy
 add("--reward", nargs="+", metavar="NAME=WEIGHT", help="one, or a mix (python rewards.py lists them)")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
 add("--prompts", nargs="+", metavar="TASK=FILE[,weight=W]", help="to train on (.txt or .jsonl)")
-add("--eval-prompts", nargs="+", metavar="TASK=FILE", help="to validate on: the best LoRA there is kept")
+add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="to validate on; the best LoRA is kept")
 add("--teachers", nargs="+", metavar="TASK=LORA", help="--beta's KL is to these, not to the base")
 add("--init", help="LoRA to start from (default: an untrained one)")
 add("--out", default="out/teacher", help="folder of the run")

@@ -209,8 +209,8 @@ if [ $# = 3 ]; then
     need mergeall
     for s; do
         run ensemble-$s python distill.py --teachers $several --prompts $prompts --init $R/mergeall/lora \
-            --anchor none --eval-prompts --reward --compare --batch-size 32 --micro-batch-size 32 --label-steps 0 \
-            --ema 0.1 --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
+            --anchor none --eval-prompts --reward --compare --batch-size 32 --micro-batch-size 32 \
+            --label-steps 0 --ema 0.1 --eval-every 1000 --save-every 4 --keep 100 --steps 40 --seed $s
     done
     need $(every_seed ensemble)
 fi

@@ -14,12 +14,12 @@ import tiny
 import torch
 from conftest import ROOT, distill, random_b, run, sft, teacher
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flow_sde
 
 A, GPU = torch.ops.aten, torch.device("meta")
 INDEXING = (A.index.Tensor, A.index_put.default, A.index_put_.default, A._index_put_impl_.default)
+WAITING = (A._local_scalar_dense.default, A.nonzero.default, A.masked_select.default)
 waits = collections.Counter()  # {line of ours: times}
 
 
@@ -36,10 +36,12 @@ class OnGPU(torch.Tensor):
 
     def __getitem__(self, key):
         """A list as an index would become a tensor in C++, past this file."""
-        if isinstance(key, list):
-            wait()
-            key = OnGPU(torch.tensor(key))
-        return super().__getitem__(key)
+        keys = list(key) if isinstance(key, tuple) else [key]
+        for place, k in enumerate(keys):
+            if isinstance(k, list):
+                wait()
+                keys[place] = OnGPU(torch.tensor(k))
+        return super().__getitem__(tuple(keys))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -57,48 +59,58 @@ class OnEveryCall(TorchDispatchMode):
 def asleep():
     """Nothing is pretended: transformers loads weights by way of meta tensors of its own."""
     OnEveryCall.asleep = True
-    yield
-    OnEveryCall.asleep = False
+    try:
+        yield
+    finally:
+        OnEveryCall.asleep = False
 
 
 def wait():
     """Count that the CPU waits here; what other threads wait for holds nobody up."""
     if threading.current_thread() is threading.main_thread():
-        ours = [
-            f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__
-        ]
-        waits[f"{ours[-1].filename}:{ours[-1].lineno}"] += 1
+        frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()]
+        waits[[frame for frame in frames if frame.startswith(ROOT) and __file__ not in frame][-1]] += 1
+
+
+def each(value, change):
+    """An operation's arguments or results with each of their tensors changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(each(v, change) for v in value)
+    return value
 
 
 def computed(func, args, kwargs):
     """An operation's result, computed on the CPU, if a GPU could."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    gpu = [t for t in tensors if isinstance(t, OnGPU)]
-    cpu = [t for t in tensors if not isinstance(t, OnGPU)]
-    assert not any(t.is_meta for t in cpu), f"{func}: a tensor that was made past this file has no numbers"
-    device = kwargs.get("device")
+    gpu, cpu = [], []
+
+    def numbers(tensor):
+        (gpu if isinstance(tensor, OnGPU) else cpu).append(tensor)
+        return getattr(tensor, "numbers", tensor)
+
+    plain, options = each(args, numbers), {name: each(value, numbers) for name, value in kwargs.items()}
+    device = options.get("device")
     to_gpu = bool(gpu) if device is None else torch.device(device) == GPU
+    assert not any(t.is_meta for t in cpu), f"{func}: a tensor that was made past this file has no numbers"
     if func is A._to_copy.default:
-        if to_gpu != bool(gpu) and not kwargs.get("non_blocking"):
-            wait()
+        waiting = to_gpu != bool(gpu) and not options.get("non_blocking")
     elif func is A.copy_.default:
-        if gpu and cpu:
-            wait()
-    elif func in (A._local_scalar_dense.default, A.nonzero.default, A.masked_select.default):
-        if gpu:
-            wait()
+        waiting = gpu and cpu
     elif func in INDEXING:
-        if gpu and any(
-            i is not None and (not isinstance(i, OnGPU) or i.dtype == torch.bool) for i in args[1]
-        ):
-            wait()
+        waiting = gpu and any(
+            not isinstance(i, OnGPU) or i.dtype == torch.bool for i in args[1] if i is not None
+        )
     elif gpu and any(t.dim() for t in cpu):
         raise RuntimeError(f"tensors of two devices in {func}")
-    args, kwargs = tree_map_only(OnGPU, lambda t: t.numbers, (args, kwargs))
+    else:
+        waiting = gpu and func in WAITING
+    if waiting:
+        wait()
     if device is not None:
-        kwargs["device"] = "cpu"
-    found = func(*args, **kwargs)
-    return tree_map_only(torch.Tensor, OnGPU, found) if to_gpu else found
+        options["device"] = "cpu"
+    found = func(*plain, **options)
+    return each(found, OnGPU) if to_gpu else found
 
 
 @pytest.fixture

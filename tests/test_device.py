@@ -98,9 +98,8 @@ def computed(func, args, kwargs):
     elif func is A.copy_.default:
         waiting = gpu and cpu
     elif func in INDEXING:
-        waiting = gpu and any(
-            not isinstance(i, OnGPU) or i.dtype == torch.bool for i in args[1] if i is not None
-        )
+        indices = [i for i in args[1] if i is not None]
+        waiting = gpu and any(not isinstance(i, OnGPU) or i.dtype == torch.bool for i in indices)
     elif gpu and any(t.dim() for t in cpu):
         raise RuntimeError(f"tensors of two devices in {func}")
     else:
@@ -122,7 +121,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(flow_sde, "start_processes", lambda *a: process)
     monkeypatch.setattr(flow_sde, "to_device", lambda v, to: torch.as_tensor(v).to(to, non_blocking=True))
     pick, tolist, adamw = flow_sde.pick_prompts, torch.Tensor.tolist, torch.optim.AdamW
-
     load = flow_sde.load_network
 
     def load_network(kind, folder, dtype, device):

@@ -191,7 +191,7 @@ samples, dimensions = args.batch_size, math.prod(shape)  # of a rollout here; of
 terms = world * samples * len(w) * dimensions  # of a gradient
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
-files, settings = {"base": args.model, "init": args.init}, {"guidance": guidance, "shares": shares}
+files, settings = {"base": args.model, "init": args.init}, {"guidance of each": guidance, "shares": shares}
 for task, teacher in teachers.items():
     files |= {f"prompts {task}": prompt_files[task], f"teacher {task}": teacher["value"]}
 first_step = run.begin(model, "student", optimizer, files, settings)

@@ -198,7 +198,7 @@ samples, dimensions = args.batch_size * args.group_size, math.prod(shape)  # of 
 terms = world * samples * label_count * dimensions  # of a gradient
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
-files, settings = {"base": args.model}, {"guidance": guidance, "shares": shares}
+files, settings = {"base": args.model}, {"guidance of each": guidance, "shares": shares}
 (files if anchor == "anchor" else settings)["anchor"] = anchor_path  # "base" and "none" are no files
 (settings if args.init in ("none", "merge") else files)["init"] = args.init
 for task, teacher in teachers.items():

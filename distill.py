@@ -58,8 +58,8 @@ TOY = dict(
     dtype="float32",
     batch_size=48,
     micro_batch_size=48,
-    label_steps=5,
-    steps=75,
+    label_steps=3,
+    steps=90,
     lr=3e-3,
     ema=0.6,
     compare=["sum", "ties"],
@@ -176,7 +176,7 @@ else:
 if "sum" in args.compare:
     model.add_adapter("sum", merge_loras([(lora, 1.0) for lora in loras.values()]))
 if "ties" in args.compare:
-    model.add_adapter("ties", merge_ties(list(loras.values()), density=0.5))
+    model.add_adapter("ties", merge_ties(list(loras.values()), density=0.3))
 model.copy_adapter("student", "start")
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), model.adapters["ema"]

@@ -77,9 +77,7 @@ TOY = dict(
 parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
-add(
-    "--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts and merge"
-)
+add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt or .jsonl)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's teacher, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
@@ -93,12 +91,7 @@ add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the stude
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
-add(
-    "--weighting",
-    choices=WEIGHTINGS,
-    default="uniform",
-    help="w(t): kl (paper), its mean, w(t) dt, or dt^2/2",
-)
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="mean of w(t); w(t) (paper); dt w(t); dt^2/2")
 add("--label-steps", type=int, default=0, help="steps labelled in a rollout, resampled each time; 0: all")
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
@@ -224,8 +217,8 @@ if rank == 0:
 
 def labelled_steps(step):
     """The times t of this rollout's labelled steps, a pure function of (seed, step): all, or --label-steps of
-    them, drawn without repetition by the density of Beta(A, B) at their place in the schedule, from 0 (noise) to
-    1. Drawn uniformly, their mean loss is an unbiased estimate of the whole rollout's; other densities are
+    them, drawn without repetition by the density of Beta(A, B) at their place in the schedule, from 0 (noise)
+    to 1. Drawn uniformly, their mean loss is an unbiased estimate of the whole rollout's; other densities are
     not reweighted."""
     if label_count == len(w):
         return list(w)

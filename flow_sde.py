@@ -1095,7 +1095,8 @@ def parse_args(parser, toy):
         defaults = defaults_of(args.model)
         for name in open_flags:
             setattr(args, name, defaults[name])
-        say("defaults of the model: " + ", ".join(f"{name}={defaults[name]}" for name in open_flags))
+        if "model" in parser.given:
+            say("defaults of the model: " + ", ".join(f"{name}={defaults[name]}" for name in open_flags))
     check_flags(parser._actions, args)
     return args
 

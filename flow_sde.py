@@ -1208,6 +1208,8 @@ def load_prompts(task, path):
     """One task's prompts, [{"prompt": str, ...}], from a UTF-8 file: .txt, one a line, or .jsonl, an object a
     line, whose other fields are for the reward, as in GenEval's metadata. Rows whose "task" is another are
     skipped, unless task is None."""
+    kind = os.path.splitext(path)[1].lower()
+    check(kind not in (".json", ".csv", ".tsv", ".gz"), f"{path}: a {kind} file; prompts are .txt or .jsonl")
     try:
         data = pathlib.Path(path).read_bytes()
         lines = re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))
@@ -1219,8 +1221,6 @@ def load_prompts(task, path):
     except OSError as error:
         die(f"{path}: cannot be read ({error.strerror})")
     CONTENTS[path] = hashlib.sha256(data).hexdigest()[:12]
-    kind = os.path.splitext(path)[1].lower()
-    check(kind not in (".json", ".csv", ".tsv", ".gz"), f"{path}: a {kind} file; prompts are .txt or .jsonl")
     check(b"\0" not in data, f"{path}: not a text in UTF-8 (it has NUL bytes)")
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -1246,6 +1246,8 @@ def pick_prompts(prompts, shares, seed, step, count, schedule="mixed"):
     rng = np.random.default_rng([seed, step])
     tasks = list(prompts)
     if schedule == "alternate":
+        whole = all(shares[task] % 1 == 0 for task in tasks)
+        check(whole, "--schedule alternate: weights must be whole numbers, of rollouts in a row")
         turns = [task for task in tasks for _ in range(int(shares[task]))]
         shares = {task: float(task == turns[step % len(turns)]) for task in tasks}
     edges = np.cumsum([shares[task] for task in tasks]) / sum(shares[task] for task in tasks)

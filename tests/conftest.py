@@ -124,7 +124,7 @@ def write_end(call, folder):
     try:
         call()
     except SystemExit as end:
-        Path(folder, os.environ["RANK"] + ".txt").write_text(str(end.code))
+        Path(folder, os.environ.get("RANK", "0") + ".txt").write_text(str(end.code))
     os._exit(0)
 
 

@@ -1246,8 +1246,6 @@ def pick_prompts(prompts, shares, seed, step, count, schedule="mixed"):
     rng = np.random.default_rng([seed, step])
     tasks = list(prompts)
     if schedule == "alternate":
-        whole = all(shares[task] % 1 == 0 for task in tasks)
-        check(whole, "--schedule alternate: weights must be whole numbers, of rollouts in a row")
         turns = [task for task in tasks for _ in range(int(shares[task]))]
         shares = {task: float(task == turns[step % len(turns)]) for task in tasks}
     edges = np.cumsum([shares[task] for task in tasks]) / sum(shares[task] for task in tasks)

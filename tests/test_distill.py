@@ -36,15 +36,15 @@ def two_pass(ns, teacher_of=str, teacher_weight=1.0, anchor_weight=0.02, factors
     ns: the script's globals. factors: {t: what that step's KL counts}; by default every distance weighs what
     the mean step's does. walker: whose trajectory, of a task; in cold_start.py's sft the teacher's."""
     args, model, params = ns["args"], ns["model"], ns["params"]
-    sigmas = sigma_schedule(args.num_steps)[:-1]
+    sigmas = ns["sigmas"]
     w, labelled = weights_of_steps(sigmas), ns.get("labelled", sigmas[:-1])
     factors = factors or {t: sum(w.values()) / len(w) / w[t] for t in w}
     total = torch.zeros(sum(p.numel() for p in params))
-    batch = pick_prompts(ns["prompts"], dict.fromkeys(TASKS, 1.0), args.seed, 0, args.batch_size)
+    batch = pick_prompts(ns["prompts"], dict.fromkeys(ns["prompts"], 1.0), args.seed, 0, args.batch_size)
     for i, (task, row) in enumerate(batch):
         cond, gens = model.encode([row["prompt"]]), generators(args.seed, 0, [i])
         leader = walker(task) if walker else "student"
-        weights = {teacher_of(task): teacher_weight, "anchor": anchor_weight}
+        weights = {teacher_of(task): teacher_weight, ns.get("anchor"): anchor_weight}
 
         def draw(gens=gens):
             return randn(gens, model.latent_shape(args.resolution), "cpu")
@@ -82,6 +82,7 @@ def off(a, b):
 @pytest.mark.parametrize("sde", ["flow", "ode", "cps"])
 def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(sde, loras, tmp_path, gradients):
     ns = distill(loras, tmp_path, micro_batch_size=2, lr=0, sde=sde)
+    assert ns["sigmas"] == sigma_schedule(4)[:-1]
     assert off(gradients[0], two_pass(ns)) < 1e-4
     swapped = {"compose": "ocr", "ocr": "compose", "scene": "scene"}
     assert off(gradients[0], two_pass(ns, swapped.get)) > 0.1

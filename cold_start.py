@@ -7,9 +7,9 @@
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged; no model is loaded.
 `--method cat` is exact (ranks add up), `svd` the best approximation at --rank, `factors` the average of the
-A's and of the B's, as in the released code, kept to be seen. sft: the loss is distill.py's without MAR; what
-differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to
-do where only it would go.
+A's and of the B's, as in the released code, kept for comparison. sft: the loss is distill.py's without MAR;
+what differs is who samples. Here each teacher samples, on its own task's prompts, so the student never learns
+what to do where only it would go.
 """
 
 import argparse

@@ -22,7 +22,7 @@ learn slowly.
 log pi_teacher(a|s) - log pi_student(a|s) + KL: in its first pass the same expected gradient, with more noise.
 `ppo-paper` takes the paper's reward, the detached -KL of a step's state, credited to that step's action. The
 action does not change it, so at the policy that sampled its expected gradient is zero; in later passes
-clipping adds drift. It is here so that anyone can see it.
+clipping adds drift. It is kept for comparison.
 
 Left out: full fine-tuning of the student (teachers may be full fine-tunes).
 """
@@ -96,7 +96,7 @@ add("--label-steps", type=int, default=0, help="steps labelled in a rollout, res
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and rollout")
-add("--group-size", type=int, default=1, help="trajectories per prompt (there is no advantage to estimate)")
+add("--group-size", type=int, default=1, help="trajectories per prompt (1 is enough: no group comparison)")
 add("--micro-batch-size", type=int, default=8, help="samples per forward: memory and speed only")
 add("--steps", type=int, default=1000, help="rollouts; with kl, one update each")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
@@ -240,7 +240,7 @@ def student_velocity(x, t, cond, labelled):
 def label(x, t, cond, tasks):
     """Ask each task's teacher, and the anchor, for their velocities at the states x: (v_teacher, v_anchor),
     data without a graph; v_anchor is None without MAR."""
-    answers = []
+    answers = []  # the batch is in the order of its tasks
     for task, rows in by_task(tasks):
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
     if anchor == "none":

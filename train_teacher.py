@@ -3,8 +3,8 @@
 Sample groups of pictures with the flow-SDE, score them, and push the log-probability of every transition up
 or down by how its picture fared within its group. The base stays frozen; the teacher is a LoRA. With several
 rewards and prompt files this is the GRPO-Mix baseline instead: every prompt is scored by its own task's
-reward, and by the task-agnostic ones, all in one run. With --teachers, the KL that holds it is to its task's
-teacher instead of the base: distillation and rewards in one update.
+reward, and by the task-agnostic ones, all in one run. With --teachers, its KL penalty is measured against its
+task's teacher instead of the base: distillation and rewards in one update.
 
     python train_teacher.py                 # toy.compose on two CPU cores
     python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt \\
@@ -83,7 +83,7 @@ add("--num-steps", type=int, default=10, help="sampling steps while training (pa
 add("--guidance", type=float, help="of the teacher and of the base (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="how the teacher samples")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
-add("--sde-window", type=int, default=0, help="noisy steps, all learnt, in the first half (Fast: 2); 0: all")
+add("--sde-window", type=int, default=0, help="add noise to, and learn, only so many steps (Fast: 2); 0: all")
 add("--same-noise", action=switch, help="a group starts from one noise, and differs by what is learnt only")
 add = parser.add_argument_group("learning").add_argument
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every rollout, or in turn")

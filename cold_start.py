@@ -7,9 +7,9 @@
 
 merge: a LoRA changes a weight by alpha/r B A, and it is these changes that are averaged; no model is loaded.
 `--method cat` is exact (ranks add up), `svd` the best approximation at --rank, `factors` the average of the
-A's and of the B's, as in the released code, kept to be seen. sft: the loss is distill.py's without MAR; what
-differs is who walks. Here each teacher walks, on its own task's prompts, so the student never learns what to
-do where only it would go.
+A's and of the B's, as in the released code, kept for comparison. sft: the loss is distill.py's without MAR;
+what differs is who samples. Here each teacher samples, on its own task's prompts, so the student never learns
+what to do where only it would go.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 # isort: off
-from flow_sde import WEIGHTINGS, generators, kl_weight, randn, rollout, step_weights, training_sigmas
+from flow_sde import WEIGHTINGS, generators, randn, rollout, step_weights, training_sigmas
 from flow_sde import update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, read_lora, save_lora, skeleton, take_rows
 from flow_sde import TOY_DIR, Run, check, claim_folder, descend, load_prompts, parse_args
@@ -185,7 +185,7 @@ guidance = {task: teacher["guidance"] for task, teacher in teachers.items()}
 
 # The schedule: a step is named by its t. Whatever sampled the states, the KL is that of the flow-SDE.
 sigmas = training_sigmas(model.sigmas(args.num_steps, args.resolution))
-w = {t: kl_weight(t, t_next, args.noise_level) for t, t_next in zip(sigmas, sigmas[1:])}
+w = step_weights(sigmas, args.noise_level, "kl")  # {t: w(t)}
 step_weight = step_weights(sigmas, args.noise_level, args.weighting)  # {t: what its distance counts}
 samples, dimensions = args.batch_size, math.prod(shape)  # of a rollout here; of a latent
 terms = world * samples * len(w) * dimensions  # of a gradient
@@ -242,7 +242,10 @@ for step in range(first_step, args.steps):
 
     # update: clip, AdamW, moving average
     norm = descend(optimizer, params, terms)
-    run.count_skipped(norm, f"the loss on {', '.join(teachers)}")
+    if not math.isfinite(norm):
+        run.count_skipped(f"the loss on {', '.join(teachers)}")
+    else:
+        run.skipped = 0
     update_average(ema, params, args.ema, step + 1)
 
     # report

@@ -19,14 +19,16 @@ equally: under w(t) the last step holds most of the loss, and the noisier steps,
 learn slowly.
 
 `--objective kl` differentiates the loss. `ppo` is the clipped policy gradient with the advantage
-log pi_teacher(a|s) - log pi_student(a|s) + KL: the same expected gradient, more noise. `ppo-paper` takes the
-paper's reward, the detached -KL. It depends on the state only, no action can change it, so its expected
-gradient is zero. It is here so that anyone can see it.
+log pi_teacher(a|s) - log pi_student(a|s) + KL: in its first pass the same expected gradient, with more noise.
+`ppo-paper` takes the paper's reward, the detached -KL of a step's state, credited to that step's action. The
+action does not change it, so at the policy that sampled its expected gradient is zero; in later passes
+clipping adds drift. It is kept for comparison.
 
 Left out: full fine-tuning of the student (teachers may be full fine-tunes).
 """
 
 import argparse
+import collections
 import math
 import os
 import time
@@ -37,12 +39,12 @@ import torch
 from tqdm import tqdm
 
 # isort: off
-from flow_sde import WEIGHTINGS, clipped_surrogate, generators, kl_weight, log_prob, randn, rollout
+from flow_sde import WEIGHTINGS, clipped_surrogate, generators, log_prob, randn, rollout
 from flow_sde import step_weights, training_sigmas, transition, update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, take_rows
-from flow_sde import TOY_DIR, Run, check, descend, draw_rows, load_prompts, parse_args, parse_specs
-from flow_sde import parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given, save_grid
-from flow_sde import split_options, write_json
+from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, load_prompts, parse_args
+from flow_sde import parse_specs, parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given
+from flow_sde import save_grid, split_options, write_json
 from rewards import check_rewards, evaluate, markdown, parse_rewards, release_models, rewards_of
 # isort: on
 
@@ -85,16 +87,16 @@ add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--num-steps", type=int, default=10, help="sampling steps while training (paper: 10)")
 add("--guidance", type=float, help="of student, anchor and teachers without their own (paper: 4.5)")
-add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples (KL: of flow)")
+add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the student samples; the KL is flow's")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
-add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps, see above (paper: kl)")
+add("--weighting", choices=WEIGHTINGS, default="uniform", help="mean of w(t); w(t) (paper); dt w(t); dt^2/2")
 add("--label-steps", type=int, default=0, help="steps labelled in a rollout, resampled each time; 0: all")
-add("--label-density", type=float, nargs=2, default=[1, 1], help="they follow Beta(A, B); 0: noise")
+add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
 add("--batch-size", type=int, default=8, help="prompts per process and rollout")
-add("--group-size", type=int, default=1, help="trajectories per prompt (there is no advantage to estimate)")
+add("--group-size", type=int, default=1, help="trajectories per prompt (1 is enough: no group comparison)")
 add("--micro-batch-size", type=int, default=8, help="samples per forward: memory and speed only")
 add("--steps", type=int, default=1000, help="rollouts; with kl, one update each")
 add("--lr", type=float, default=1e-4, help="AdamW learning rate")
@@ -143,6 +145,8 @@ anchor_path, anchor_options = split_options("--anchor", args.anchor, guidance=ar
 anchor = anchor_path if anchor_path in ("none", "base") else "anchor"  # the adapter that MAR asks
 if anchor == "none":
     refuse_given(parser, ("anchor_weight",), "without --anchor there is no MAR")
+shares = {task: teacher["weight"] for task, teacher in teachers.items()}  # of the prompts, of the merge
+check_turns(args, "--teachers", shares)
 prompts = {task: load_prompts(task, file) for task, file in prompt_files.items()}
 eval_prompts = {task: load_prompts(task, file) for task, file in eval_files.items()}
 rewards = parse_rewards(args.reward, args.reward_option)
@@ -159,10 +163,9 @@ for task, teacher in teachers.items():
     model.load_teacher(task, teacher["value"])
 if anchor == "anchor":
     model.load_teacher("anchor", anchor_path)
-shares = {task: teacher["weight"] for task, teacher in teachers.items()}  # of the prompts, of the merge
 if args.init == "merge" or args.compare:
-    full = ", ".join(model.full)
-    check(not model.full, f"--init merge, --compare: {full} is a full fine-tune; only LoRAs can be merged")
+    full = ", ".join(task for task in teachers if task in model.full)
+    check(not full, f"--init merge, --compare: {full} is a full fine-tune; only LoRAs can be merged")
     loras = {}
     for task, teacher in teachers.items():
         loras[task] = read_lora(teacher["value"], model.transformer, type(model.pipe))
@@ -183,19 +186,18 @@ params, ema = model.train_adapter("student"), model.adapters["ema"]
 optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=True)
 if args.compile:
     model.compile()
+targets = [*teachers] + [anchor] * (anchor != "none")  # whose velocities the student is taught
 guidance = {task: teacher["guidance"] for task, teacher in teachers.items()}
 guidance[anchor] = anchor_options["guidance"]
-
-targets = [*teachers, anchor]  # whose velocities the student is taught
 
 # The schedule: a step is named by its t. Whatever sampled the states, the KL is that of the flow-SDE.
 sigmas = training_sigmas(model.sigmas(args.num_steps, args.resolution))
 gaussian = partial(transition, noise_level=args.noise_level, sde="flow")  # (x, v, t, t_next) -> mean, std
-w = {t: kl_weight(t, t_next, args.noise_level) for t, t_next in zip(sigmas, sigmas[1:])}
+w = step_weights(sigmas, args.noise_level, "kl")  # {t: w(t)}
 step_weight = step_weights(sigmas, args.noise_level, args.weighting)  # {t: what its distance counts}
 label_count = min(args.label_steps or len(w), len(w))  # steps labelled in a rollout
 samples, dimensions = args.batch_size * args.group_size, math.prod(shape)  # of a rollout here; of a latent
-terms = world * samples * label_count * dimensions  # of a gradient
+terms = world * samples * label_count * dimensions  # squared differences that one gradient sums
 
 # What makes this run this run: --resume refuses a checkpoint where any of it differs.
 files, settings = {"base": args.model}, {"guidance of each": guidance, "shares": shares}
@@ -215,8 +217,9 @@ if rank == 0:
 
 def labelled_steps(step):
     """The times t of this rollout's labelled steps, a pure function of (seed, step): all, or --label-steps of
-    them, drawn without repetition by the density of Beta(A, B) at their place in the schedule. Uniformly
-    drawn, their mean loss is an unbiased estimate of the whole rollout's."""
+    them, drawn without repetition by the density of Beta(A, B) at their place in the schedule, from 0 (noise)
+    to 1. Drawn uniformly, their mean loss is an unbiased estimate of the whole rollout's; other densities are
+    not reweighted."""
     if label_count == len(w):
         return list(w)
     (a, b), n = args.label_density, len(w)
@@ -237,7 +240,7 @@ def student_velocity(x, t, cond, labelled):
 def label(x, t, cond, tasks):
     """Ask each task's teacher, and the anchor, for their velocities at the states x: (v_teacher, v_anchor),
     data without a graph; v_anchor is None without MAR."""
-    answers = []
+    answers = []  # the batch is in the order of its tasks
     for task, rows in by_task(tasks):
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
     if anchor == "none":
@@ -246,9 +249,9 @@ def label(x, t, cond, tasks):
 
 
 def ppo_updates(memory, step):
-    """The clipped policy gradient: walk the stored trajectories again, once per update. The norm of the last
-    gradient; None if the run is to stop, and then there was no update."""
-    before = run.now()
+    """The clipped policy gradient: walk the stored trajectories again, once per update. The gradients' norms;
+    None if the run is to stop, and then there was no update."""
+    before, norms = run.now(), []
     for k in range(args.updates_per_rollout):
         for x, t, t_next, x_next, old, advantage, v_anchor, cond in memory:
             if run.interrupted():
@@ -262,19 +265,18 @@ def ppo_updates(memory, step):
         if run.stopping():
             run.back_to(before)
             return None
-        norm = descend(optimizer, params, terms)
+        norms.append(descend(optimizer, params, terms))
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
-    return norm
+    return norms
 
 
 def culprit(velocity_sums):
     """Who is not finite at the first step where someone is. velocity_sums: (targets and student, steps)."""
-    for sums in velocity_sums.T.tolist():
+    for sums in reduce_sum(velocity_sums).T.tolist():
         broken = [name for name, value in zip([*targets, "student"], sums) if not math.isfinite(value)]
-        if broken:
-            return " and ".join(
-                f"the teacher of {name}" if name in teachers else f"the {name}" for name in broken
-            )
+        names = [f"the teacher of {name}" if name in teachers else f"the {name}" for name in broken]
+        if names:
+            return " and ".join(names)
     return "the student's gradient"
 
 
@@ -350,10 +352,10 @@ for step in range(first_step, args.steps):
             for task, rows in by_task(tasks):
                 distances[targets.index(task), k] += distance[rows].detach().sum()
                 velocity_sums[targets.index(task), k] += v_teacher[rows].sum()
-            velocity_sums[-1, k] += v.detach().sum()
             if v_anchor is not None:
                 distances[-1, k] += anchor_distance.detach().sum()
                 velocity_sums[-2, k] += v_anchor.sum()
+            velocity_sums[-1, k] += v.detach().sum()
             if t == labelled[-1]:  # where the rest of the trajectory leads is not asked
                 break
     if run.stopping():  # all processes give up the rollout in hand; --resume auto makes it again
@@ -362,59 +364,64 @@ for step in range(first_step, args.steps):
 
     # update: clip, AdamW, moving average
     if args.objective == "kl":
-        norm = descend(optimizer, params, terms)
+        norms = [descend(optimizer, params, terms)]
         update_average(ema, params, args.ema, step + 1)
     else:
-        norm = ppo_updates(memory, step)
-        if norm is None:
+        norms = ppo_updates(memory, step)
+        if norms is None:
             run.save(step)
             break
 
     # report: the distance to each teacher and the KL, w(t) times the distance, means over the labelled states
-    mean = reduce_sum(distances) / label_count
+    reduce_sum(distances)
     w_labelled = torch.tensor([w[t] for t in labelled], device=device)
-    picked_tasks = [task for task, _ in picked]
-    record = {}
-    for name, distance, kl in zip(targets, mean.sum(1).tolist(), (mean * w_labelled).sum(1).tolist()):
-        count = args.group_size * picked_tasks.count(name) if name in teachers else samples * world
-        if count and name != "none":
-            record |= {f"distance/{name}": distance / count, f"kl/{name}": kl / count}
-    run.count_skipped(norm, culprit(reduce_sum(velocity_sums)))
-    record = {"step": step + 1} | record | {"grad_norm": norm, "seconds": time.perf_counter() - began}
+    record = {"step": step + 1}
+    counts = collections.Counter(task for task, _ in picked)
+    counts[anchor] = len(picked)
+    for name, sums in zip(targets, distances):
+        if counts[name]:
+            states = counts[name] * args.group_size * label_count
+            record[f"distance/{name}"] = sums.sum().item() / states
+            record[f"kl/{name}"] = (sums * w_labelled).sum().item() / states
+    if not all(map(math.isfinite, norms)):
+        run.count_skipped(culprit(velocity_sums))
+    else:
+        run.skipped = 0
+    record |= {"grad_norm": norms[-1], "seconds": time.perf_counter() - began}
     if device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     last = step + 1 == args.steps
     now_and_then = last or (step + 1) % args.eval_every == 0
     if now_and_then:
-        by_sigma = distances[:-1].sum(0) * w_labelled / (samples * world)
+        by_sigma = distances[: len(teachers)].sum(0) * w_labelled / (samples * world)
         record["kl_by_sigma"] = {f"{t:.3f}": value for t, value in zip(labelled, by_sigma.tolist())}
     run.report(record)
     progress.update()
-    now = ", ".join(f"{task} {record[f'distance/{task}']:.1e}" for task in dict.fromkeys(picked_tasks))
+    now = ", ".join(f"{task} {record[f'distance/{task}']:.1e}" for task in teachers if counts[task])
     progress.set_postfix_str(f"distance to {now}")
     if step == 0 and rank == 0:
         progress.write(f"mean (v - v_teacher)^2 before the first update: {now}")
     if last or (step + 1) % args.save_every == 0:
         run.save(step + 1)
-    if now_and_then:
+    if now_and_then and not last:
         if rank == 0:
             plot_curves(args.out)
         draw_grid()
 progress.close()
 
 # -- the student and its table -------------------------------------------------------------------------------
+if not run.stopping():
+    draw_grid()
 stopped = run.stopping()
 if rank == 0:
+    plot_curves(args.out)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
 if rewards and not stopped:
     run.stop.disarm()  # from here on Ctrl-C ends at once
     check_rewards(rewards, eval_prompts, args.resolution, device, prompts)  # loads them, before threads score
     where, total = (args, rank, world), (len(shown) + 1) * sum(map(len, eval_prompts.values())) // world
-    results, own = [], {"model": "teachers, each on its own task", "scores": {}, "stderr": {}}
+    own, results = {"model": "teachers, each on its own task", "scores": {}, "stderr": {}}, []
     with tqdm(total=total, disable=rank != 0, desc="evaluating", unit="picture", mininterval=1) as bar:
-        for name, adapter in shown.items():
-            how = dict(guidance=args.guidance, tasks=teachers, progress=bar.update)
-            results.append({"model": name} | evaluate(model, adapter, eval_prompts, rewards, *where, **how))
         for task, rows in eval_prompts.items():
             how = dict(guidance=guidance[task], tasks=teachers, progress=bar.update)
             found = evaluate(model, task, {task: rows}, rewards, *where, **how)
@@ -422,17 +429,18 @@ if rewards and not stopped:
                 others = [other for other in teachers if other != task]
                 if not any(name in rewards_of(other, rewards, teachers) for other in others):
                     own["scores"][name], own["stderr"][name] = score, found["stderr"][name]
-    results.insert(-1, own)
+        for name, adapter in shown.items():
+            how = dict(guidance=args.guidance, tasks=teachers, progress=bar.update)
+            results.append({"model": name} | evaluate(model, adapter, eval_prompts, rewards, *where, **how))
+    results.append(own)
+    base = results[0]["scores"]
+    gaps = {name: score - base[name] for name, score in own["scores"].items() if score > base[name]}
+    for row in results:  # the share of the gap from base to teacher that a model closes, mean of the tasks
+        closed = [(row["scores"][name] - base[name]) / gap for name, gap in gaps.items()]
+        if closed:
+            row["scores"]["gap closed"] = sum(closed) / len(closed)
     if rank == 0:
         write_json(os.path.join(args.out, "results.json"), results)
         print(markdown(results))
-        base, student, closed = results[0]["scores"], results[-1]["scores"], {}
-        for name, score in own["scores"].items():
-            if score > base[name]:
-                closed[name] = (student[name] - base[name]) / (score - base[name])
-        if closed:
-            each = ", ".join(f"{name} {share:.0%}" for name, share in closed.items())
-            mean = sum(closed.values()) / len(closed)
-            print(f"of the gap between base and teacher the student closes {mean:.0%}: {each}")
 how = "stopped (--resume auto continues)" if stopped else "done"
-run.end(f"{how}: {args.out}/lora, samples.png, curves.png, log.jsonl, results.json, checkpoints/")
+run.end(f"{how}: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")

@@ -57,8 +57,8 @@ def transition(x, v, t, t_next, noise_level, sde="flow"):
 
     ode   mean = x - v dt                                                         std = 0
     flow  mean = x - [v + s^2/(2t) (x + (1-t) v)] dt,  s = a sqrt(t / (1-t))      std = s sqrt(dt)
-          Flow-GRPO, arXiv 2505.05470; eq. 5 of the paper; a is the noise level. At t = 1, s is taken with
-          1 - t_next.
+          Flow-GRPO, arXiv 2505.05470; eq. 5 of the paper; a is the noise level. At t = 1 the root has
+          1 - t_next in the place of 1 - t.
     cps   mean = (1-t') (x - t v) + sqrt(t'^2 - std^2) (x + (1-t) v)              std = t' sin(a pi/2)
           Coefficients-preserving sampling, arXiv 2509.05952; t' is t_next."""
     dt = t - t_next
@@ -142,7 +142,8 @@ def clipped_surrogate(log_ratio, advantage, clip_range):
 def update_average(ema, params, decay, update):
     """The exponential moving average of the parameters after updates 1 ... n = `update`: p_k counts
     d^(n-k) / (1 + d + ... + d^(n-1)), with d = decay^(1/8) (the paper: 0.9 once in 8 updates). These sum to
-    1 from the first update on: where the run started does not count, and there is no warm-up."""
+    1 from the first update on: where the run started does not count, and there is no warm-up. An update that
+    was skipped counts as one that changed nothing."""
     d = decay ** (1 / 8)
     for average, p in zip(ema, params, strict=True):
         average.lerp_(p.detach(), (1 - d) / (1 - d**update))
@@ -268,7 +269,6 @@ class Model:
         self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
         self.adapters = {}  # {name: [A, B, A, B, ...]}
         self.full = {}  # {name: network}
-        self.trained = None
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
         longest = [t.model_max_length for _, encoder, t in text_parts(self.pipe) if not is_clip(encoder)]
@@ -382,8 +382,8 @@ class Model:
 
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
         """v(x_t, t | cond) of one adapter (or "base", or a full fine-tune), (B, ...) float32, guided: in most
-        families v_uncond + g (v_cond - v_uncond), both halves in one forward; none where g = 1, or where the
-        network takes g as an input (`embedded`)."""
+        families v_uncond + g (v_cond - v_uncond), both halves in one forward. g = 1 is a single, unguided
+        forward; a network that takes g as an input (`embedded`) gets it."""
         assert adapter == "base" or adapter in self.adapters or adapter in self.full, adapter
         if guidance != 1 and not self.guidable:
             die(f"guidance {guidance:g}: guidance was distilled into {self.sources['base']}; give 1")
@@ -532,7 +532,6 @@ class Model:
 
     def train_adapter(self, name):
         """Make this adapter the only one with gradients; returns its parameters (float32)."""
-        self.trained = name
         source = f"{name} ({self.sources[name]})"
         loras = self.lora(name).values()
         learns = any(alpha and (A.any() or B.any()) for A, B, alpha in loras)
@@ -1096,7 +1095,8 @@ def parse_args(parser, toy):
         defaults = defaults_of(args.model)
         for name in open_flags:
             setattr(args, name, defaults[name])
-        say("defaults of the model: " + ", ".join(f"{name}={defaults[name]}" for name in open_flags))
+        if "model" in parser.given:
+            say("defaults of the model: " + ", ".join(f"{name}={defaults[name]}" for name in open_flags))
     check_flags(parser._actions, args)
     return args
 
@@ -1173,7 +1173,7 @@ def parse_specs(flag, specs, **options):
     return found
 
 
-TAKEN = ("base", "student", "start", "ema", "anchor", "sum", "ties", "teachers")
+TAKEN = ("base", "student", "start", "ema", "anchor", "none", "sum", "ties")
 
 
 def parse_tasks(args, **options):
@@ -1193,6 +1193,12 @@ def parse_tasks(args, **options):
     return teachers, {task: files[task]["value"] for task in teachers}
 
 
+def check_turns(args, flag, shares):
+    """With --schedule alternate a weight is a number of rollouts."""
+    whole = args.schedule != "alternate" or all(share % 1 == 0 for share in shares.values())
+    check(whole, f"--schedule alternate: weights of {flag} are numbers of rollouts, so they must be whole")
+
+
 # -- prompts -----------------------------------------------------------------------------------------------
 
 CONTENTS = {}  # {prompt file: hash of what was read}: a pipe can be read only once
@@ -1202,6 +1208,8 @@ def load_prompts(task, path):
     """One task's prompts, [{"prompt": str, ...}], from a UTF-8 file: .txt, one a line, or .jsonl, an object a
     line, whose other fields are for the reward, as in GenEval's metadata. Rows whose "task" is another are
     skipped, unless task is None."""
+    kind = os.path.splitext(path)[1].lower()
+    check(kind not in (".json", ".csv", ".tsv", ".gz"), f"{path}: a {kind} file; prompts are .txt or .jsonl")
     try:
         data = pathlib.Path(path).read_bytes()
         lines = re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))
@@ -1213,8 +1221,6 @@ def load_prompts(task, path):
     except OSError as error:
         die(f"{path}: cannot be read ({error.strerror})")
     CONTENTS[path] = hashlib.sha256(data).hexdigest()[:12]
-    kind = os.path.splitext(path)[1].lower()
-    check(kind not in (".json", ".csv", ".tsv", ".gz"), f"{path}: a {kind} file; prompts are .txt or .jsonl")
     check(b"\0" not in data, f"{path}: not a text in UTF-8 (it has NUL bytes)")
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -1379,25 +1385,24 @@ class Run:
         return self.stop.arrived(self.device)
 
     def report(self, record):
-        """A line of log.jsonl, and of the tracker, without numbers that are not finite; `skipped` counts the
-        updates skipped in a row."""
-        broken = [key for key, value in record.items() if value != value or value in (math.inf, -math.inf)]
-        record = {key: value for key, value in record.items() if key not in broken}
+        """A line of log.jsonl, and of the tracker; numbers that are not finite are null, and `skipped` counts
+        the updates skipped in a row."""
+        record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # NaN, Infinity: null
         if self.skipped:
             record["skipped"] = self.skipped
         if self.args.track:
-            numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
             self.accelerator.log(numbers, step=record["step"])
         if self.rank == 0:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
 
-    def count_skipped(self, norm, culprit):
+    def count_skipped(self, culprit):
         """An update whose gradient is not finite was skipped (see descend), as happens in float16; three in a
-        row end the run. norm: the gradient's, the same on all processes; culprit: what is not finite."""
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped:
-            say(f"note: an update was skipped: {culprit} is not finite")
+        row end the run. All processes call it, since their gradients are the same. culprit: what is not
+        finite."""
+        self.skipped += 1
+        say(f"note: an update was skipped: {culprit} is not finite")
         advice = "try another --dtype, a smaller --lr, or a smaller --micro-batch-size with --resume auto"
         reason = f"{culprit} is not finite, three times in a row"
         check(self.skipped < 3, f"{reason}; checkpoints in {self.out} are as they were: {advice}")
@@ -1676,8 +1681,8 @@ def plot_curves(out):
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.8), squeeze=False)
     for axis, (title, keys) in zip(axes[0], panels.items()):
         for key in keys:
-            steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row])
-            axis.plot(steps, values, label=key.partition("/")[2] or title, marker=".", markersize=3)
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axis.plot(*zip(*points), label=key.partition("/")[2] or title, marker=".", markersize=3)
         axis.set(title=title, xlabel="rollouts")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -3,8 +3,8 @@
 Sample groups of pictures with the flow-SDE, score them, and push the log-probability of every transition up
 or down by how its picture fared within its group. The base stays frozen; the teacher is a LoRA. With several
 rewards and prompt files this is the GRPO-Mix baseline instead: every prompt is scored by its own task's
-reward, and by the task-agnostic ones, all in one run. With --teachers, the KL that holds it is to its task's
-teacher instead of the base: distillation and rewards in one update.
+reward, and by the task-agnostic ones, all in one run. With --teachers, its KL penalty is measured against its
+task's teacher instead of the base: distillation and rewards in one update.
 
     python train_teacher.py                 # toy.compose on two CPU cores
     python train_teacher.py --reward toy.ocr --prompts ocr=toy/prompts/ocr_train.txt \\
@@ -31,8 +31,9 @@ from tqdm import tqdm
 from flow_sde import centred_log_ratio, clipped_surrogate, generators, kl, kl_weight, log_prob, randn, rollout
 from flow_sde import training_sigmas, transition, update_average
 from flow_sde import by_task, load_model, save_lora, take_rows, to_device
-from flow_sde import TOY_DIR, Run, check, descend, draw_rows, listing, load_prompts, parse_args, parse_specs
-from flow_sde import pick_prompts, plot_curves, reduce_sum, refuse_given, save_grid, write_json
+from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, listing, load_prompts
+from flow_sde import parse_args, parse_specs, pick_prompts, plot_curves, reduce_sum, refuse_given
+from flow_sde import save_grid, write_json
 from rewards import RewardError, Scorer, check_rewards, evaluate, markdown, parse_rewards
 from rewards import rewards_of, weighted_sum
 # isort: on
@@ -82,7 +83,7 @@ add("--num-steps", type=int, default=10, help="sampling steps while training (pa
 add("--guidance", type=float, help="of the teacher and of the base (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="how the teacher samples")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
-add("--sde-window", type=int, default=0, help="noisy steps, all learnt, in the first half (Fast: 2); 0: all")
+add("--sde-window", type=int, default=0, help="add noise to, and learn, only so many steps (Fast: 2); 0: all")
 add("--same-noise", action=switch, help="a group starts from one noise, and differs by what is learnt only")
 add = parser.add_argument_group("learning").add_argument
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every rollout, or in turn")
@@ -135,6 +136,7 @@ if args.init:
 prompts = {task: load_prompts(task, file["value"]) for task, file in prompt_files.items()}
 eval_prompts = {task: load_prompts(task, file["value"]) for task, file in eval_files.items()}
 shares = {task: file["weight"] for task, file in prompt_files.items()}  # of the prompts
+check_turns(args, "--prompts", shares)
 
 # -- devices and models: one frozen base, the teacher an adapter on it ---------------------------------------
 run = Run(args)
@@ -364,7 +366,10 @@ for step in range(first_step, args.steps):
             break
         # update: clip, AdamW, moving average
         norms.append(descend(optimizer, params, count * dimensions))
-        run.count_skipped(norms[-1], f"the gradient on {', '.join(prompts)}")
+        if not math.isfinite(norms[-1]):
+            run.count_skipped(f"the gradient on {', '.join(prompts)}")
+        else:
+            run.skipped = 0
         update_average(ema, params, args.ema, step * args.updates_per_rollout + k + 1)
         terms += count
     if run.stopping():

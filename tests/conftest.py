@@ -99,19 +99,33 @@ def do(call, environment):
     call()
 
 
-def together(call, count=2):
-    """call() in so many processes, which know of each other as torchrun's do; if one fails, all end."""
+def start(call, count=2):
+    """So many processes that do call(), and know of each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     world |= dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-    processes = [begin(call, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    return [begin(call, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+
+
+def together(call, count=2):
+    """call() in so many processes, to its end; if one fails, all end."""
+    processes = start(call, count)
     while any(process.is_alive() for process in processes):
         time.sleep(0.02)
         if any(process.exitcode for process in processes):
             for process in processes:
                 process.kill()
     assert [process.exitcode for process in processes] == [0] * count
+
+
+def write_end(call, folder):
+    """call() in a process of its own; the line it ends with, if it does, goes to folder/RANK.txt."""
+    try:
+        call()
+    except SystemExit as end:
+        Path(folder, os.environ.get("RANK", "0") + ".txt").write_text(str(end.code))
+    os._exit(0)
 
 
 def distill(loras, out, **changes):

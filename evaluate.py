@@ -91,8 +91,6 @@ for spec in args.models:
     check(not spec.startswith("base="), f"--models {spec}: `base` is the bare model; name the LoRA otherwise")
 per_prompt = args.samples_per_prompt
 rewards = parse_rewards(args.reward, args.reward_option)
-for column in ("average", "diversity"):
-    check(column not in rewards, f"--reward {column}: the tables have a column of that name; rename yours")
 prompts = {}  # {task: [row of the prompt's file, once for each of its pictures]}
 for task, spec in parse_specs("--tasks", args.tasks).items():
     prompts[task] = [row for row in load_prompts(task, spec["value"]) for _ in range(per_prompt)]

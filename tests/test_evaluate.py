@@ -197,7 +197,7 @@ def test_a_tag_does_not_shift_the_columns(tmp_path, fake):
 @pytest.mark.parametrize("column", ["average", "diversity"])
 def test_a_reward_does_not_mix_with_our_own_columns(column, tmp_path, fake):
     argv = folder_argv(tmp_path, rows_of(2), f"{column}=http://localhost:1")
-    assert f"--reward {column}: the tables have a column of that name" in refused(*argv)
+    assert f"has its own column {column}" in refused(*argv)
 
 
 def test_prompts_that_can_be_read_only_once(tmp_path, fake):

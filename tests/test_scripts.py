@@ -63,20 +63,20 @@ def test_distill_leaves_a_student_and_a_table(loras, tmp_path, monkeypatch):
     files = {"lora", "checkpoints", "log.jsonl", "curves.png", "samples.png", "results.json", "args.json"}
     assert files <= set(os.listdir(tmp_path / "run"))
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["000001", "000002"]
-    rows = ["base", "sum", "ties", "start", "teachers, each on its own task", "student"]
+    rows = ["base", "sum", "ties", "start", "student", "teachers, each on its own task"]
     assert [row["model"] for row in ns["results"]] == rows
     ocr = {"ocr": ns["eval_prompts"]["ocr"]}  # scores of a task do not depend on the tasks beside it
     ocr_alone = rewards.evaluate(ns["model"], "base", ocr, ns["rewards"], ns["args"], tasks=TASKS)
     assert ocr_alone["scores"]["ocr"] == ns["results"][0]["scores"]["ocr"]
     for row in ns["results"]:
         own = row["model"].startswith("teachers")
-        assert set(row["scores"]) == ({*TASKS} if own else {*TASKS, "quality"})
+        assert set(row["scores"]) - {"gap closed"} == ({*TASKS} if own else {*TASKS, "quality"})
     assert Image.open(tmp_path / "run/samples.png").width > 300
     monkeypatch.setattr(flow_sde, "plot_curves", lambda out: None)
     monkeypatch.setattr(flow_sde, "draw_rows", lambda *args: None)
     table["eval_prompts"] = table["eval_prompts"][:1]
     untrained = distill(loras, tmp_path / "none", init="none", anchor="none", lr=0, **table)
-    base, *_, student = untrained["results"]
+    base, _, student, _ = untrained["results"]
     assert student["scores"] == pytest.approx(base["scores"])
 
 
@@ -269,10 +269,7 @@ MISTAKES = [  # {ocr}: a LoRA; {tmp}: a folder with the files below
     ("sample.py --seed 12345678901234567890123", "--seed 12345678901234567890123: must be a number"),
     ("sample.py --model toy/base", "nothing to draw"),
     ("sample.py --prompt \udcff", "'\\udcff': not UTF-8"),
-    (
-        f"{OCR},weight=1.5 --prompts {VAL} --schedule alternate --resolution 16 --batch-size 1",
-        "--schedule alternate: weights must be whole numbers",
-    ),
+    (f"{OCR},weight=1.5 --prompts {VAL} --schedule alternate", "they must be whole"),
     ("train_teacher.py --reward toy.smile", "no such reward"),
     ("train_teacher.py --reward toy.ocr=much", "NAME=WEIGHT (a positive number)"),
     ("train_teacher.py --group-size 1", "--group-size 1"),

@@ -462,7 +462,7 @@ class Model:
 
     @torch.no_grad()
     def save_pipeline(self, folder, name):
-        """A stand-alone pipeline: an adapter merged into the base, which is loaded anew, dense, on the CPU."""
+        """A stand-alone pipeline: the base loaded anew, dense and on the CPU, with an adapter merged in."""
         pipe = load_pipeline(self.sources["base"], self.dtype)
         layers = linear_layers(pipe.transformer)
         for n, (A, B, alpha) in self.lora(name).items():

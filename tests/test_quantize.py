@@ -158,8 +158,10 @@ def test_errors(name, folder):  # noqa: F811
         assert abs(acts - 1) < 0.2 and off(v, v_base) > 0.05
         quantised = {id(layer) for layer in network.modules() if isinstance(layer, Quantised)}
         blocks = [m for m in network.modules() if type(m).__name__ in network._no_split_modules]
-        in_blocks = {id(layer) for block in blocks for layer in linear_layers(block).values()}
-        assert quantised == (in_blocks if how else set()), how
+        layers = [layer for block in blocks for layer in linear_layers(block).values()]
+        if how == "nf4":
+            layers = [layer for layer in layers if layer.in_features * layer.out_features % 64 == 0]
+        assert quantised == ({id(layer) for layer in layers} if how else set()), how
 
 
 @both
@@ -195,11 +197,11 @@ def test_a_full_fine_tune(folder, tmp_path):  # noqa: F811
 
 @both
 def test_a_run(how, loras, tmp_path, numbers_only, gradients):
-    """Has a dense one's gradient, saves the LoRA it has, goes on to the bit, and is no other run."""
+    """Has the gradient of a dense one, saves the LoRA it has, goes on to the bit, and is no other run."""
     distill(loras, tmp_path / "dense")
     flags = dict(quantize=how, save_every=1, steps=2)
     model = distill(loras, tmp_path / "a", **flags)["model"]
-    assert torch.cosine_similarity(*gradients[:2], 0) > (0.9 if how == "nf4" else 0.999)
+    assert torch.cosine_similarity(*gradients[:2], 0) > (0.6 if how == "nf4" else 0.99)
     ours, found = model.lora("ema"), lora_of(tmp_path / "a/lora")
     for n, (A, B, alpha) in found.items():
         assert torch.equal(A, ours[n][0]) and torch.equal(B, ours[n][1]) and alpha == ours[n][2]

@@ -38,7 +38,8 @@ from flow_sde import generators  # mathematics  # noqa: I001
 from flow_sde import load_model  # model
 from flow_sde import HERE, StopSignal, check, claim_folder, end_processes, file_hash, fingerprint  # run
 from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, say, start_processes
-from flow_sde import quantiser, write, write_json
+from flow_sde import write, write_json
+from quantization import quantiser
 from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards
 from rewards import pil, read_picture, rewards_of, score_batch
 

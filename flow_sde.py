@@ -17,7 +17,6 @@ import errno
 import glob
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -42,6 +41,8 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from quantization import quantise_blocks, quantiser, try_nf4
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY_DIR = os.path.relpath(os.path.join(HERE, "toy"))  # the embedded model's folder, from any working folder
@@ -578,8 +579,11 @@ def family_of(pipeline):
 
 def load_model(args, device):
     """The Model that a script's flags describe, of the family that the pipeline belongs to."""
-    if args.quantize:
-        try_quantise(args.quantize, device)
+    if args.quantize == "nf4":
+        try:
+            try_nf4(device)
+        except Exception as error:
+            die(f"--quantize nf4: bitsandbytes cannot do it on {device} ({first_line(error)})")
     family = family_of(pipeline_folder(args.model, only=())[1])
     checkpointing = getattr(args, "gradient_checkpointing", False)
     options = (not args.no_t5, args.offload_text_encoders, checkpointing)
@@ -678,11 +682,13 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quanti
     return pipe
 
 
+LARGE_ENCODER = 10**9  # parameters, from which on --quantize takes a text encoder too
+
+
 def load_network(kind, folder, dtype, device, quantize=None):
     """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
     and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much.
-    With quantize, the linear layers of its blocks are quantised one at a time, so that the device never holds
-    the dense network; not those of a small text encoder."""
+    With quantize, its blocks are quantised on the way to the device, except in a small text encoder."""
     import diffusers
 
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
@@ -710,84 +716,11 @@ def load_network(kind, folder, dtype, device, quantize=None):
         if weight.is_floating_point() and not torch.stack(weight.to(device).aminmax()).isfinite().all():
             die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
     if quantize and not (is_encoder and network.num_parameters() < LARGE_ENCODER):
-        for block in network.modules():
-            if type(block).__name__ in network._no_split_modules:
-                for layer in linear_layers(block).values():
-                    quantise(layer.to(device), quantize)
+        quantise_blocks(network, quantize, device)
     for module in network.modules():
         if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
             module.__class__ = RMSNorm
     return network.to(device)
-
-
-# -- quantised layers --------------------------------------------------------------------------------------
-
-LARGE_ENCODER = 10**9  # parameters, from which on --quantize takes a text encoder too
-
-
-class Quantised(torch.nn.Linear):
-    """A frozen linear layer whose weight is stored in int8 or nf4 and made dense where it is used."""
-
-    def forward(self, x):
-        return QuantisedProduct.apply(x, self)
-
-    def dense(self, dtype):
-        """The weight, (out, in)."""
-        if self.packed.dtype == torch.int8:
-            return self.packed.float().mul_(self.scale).to(dtype)
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        shape = 1, self.in_features * self.out_features
-        state = QuantState(absmax=self.scale, shape=shape, dtype=dtype, blocksize=64, quant_type="nf4")
-        return dequantize_4bit(self.packed, state).view(self.out_features, self.in_features)
-
-
-class QuantisedProduct(torch.autograd.Function):
-    """x W^T + bias. The backward makes W dense again, so no graph holds it. (torchao's int8 layers keep it,
-    and overflow in float16.)"""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.layer.dense(grad.dtype), None
-
-
-def quantise(layer, how):
-    """Make a linear layer a Quantised one. int8: a scale per output. nf4 (QLoRA, arXiv 2305.14314): a scale
-    per 64 weights, by bitsandbytes; a layer that is no multiple of 64 stays dense."""
-    weight = layer.weight
-    if type(layer) is not torch.nn.Linear or how == "nf4" and weight.numel() % 64:
-        return
-    if how == "int8":
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        packed = (weight / scale).round().to(torch.int8)
-    else:
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(weight.reshape(1, -1), blocksize=64, quant_type="nf4")
-        scale = state.absmax
-    layer.__class__ = Quantised
-    for name, stored in {"packed": packed, "scale": scale, "weight": weight.new_empty(0)}.items():
-        setattr(layer, name, torch.nn.Parameter(stored, requires_grad=False))  # T5 reads its weight's dtype
-
-
-def try_quantise(how, device):
-    """Refuse a --quantize that does not work here, before anything is loaded."""
-    layer = torch.nn.Linear(64, 64, device=device)
-    try:
-        quantise(layer, how)
-        layer(torch.ones(1, 64, device=device))
-    except Exception as error:
-        die(f"--quantize {how}: bitsandbytes cannot do it on {device} ({first_line(error)})")
-
-
-def quantiser(how):
-    """A --quantize with the version of its package, for what tells runs apart."""
-    return f"nf4 (bitsandbytes {importlib.metadata.version('bitsandbytes')})" if how == "nf4" else how
 
 
 # -- LoRA files --------------------------------------------------------------------------------------------

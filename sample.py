@@ -21,7 +21,8 @@ from flow_sde import generators  # mathematics  # noqa: I001
 from flow_sde import load_model, locate  # model
 from flow_sde import StopSignal, check, claim_folder, die, end_processes, fingerprint, first_line  # run
 from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, start_processes
-from flow_sde import quantiser, write, write_json
+from flow_sde import write, write_json
+from quantization import quantiser
 from rewards import encoded, pil, read_picture
 
 TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32)

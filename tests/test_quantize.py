@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ from safetensors.torch import load_file
 from test_families import PROMPTS, folder, guidance_of, load, noise, with_adapters  # noqa: F401
 
 import flow_sde
-from flow_sde import Quantised, linear_layers, load_network, quantise, text_parts
+from flow_sde import linear_layers, load_network, text_parts
+from quantization import Quantised, dense, quantise
 
 installed = importlib.util.find_spec("bitsandbytes")
 needs_package = pytest.mark.skipif(not installed, reason="pip install bitsandbytes")
@@ -42,15 +42,14 @@ def layer_of(how, dtype=torch.float32, rows=80, columns=96):
     return layer, quantised
 
 
-def remember(kept, tensor):
-    kept.append(tensor.numel())
-    return tensor
+def dense_weight(layer):
+    return dense(layer.packed, layer.scale, [layer.out_features, layer.in_features], layer.weight.dtype)
 
 
 def test_int8_is_off_by_half_a_unit():
     layer, quantised = layer_of("int8")
     most = layer.weight.abs().amax(1, keepdim=True)
-    assert ((quantised.dense(torch.float32) - layer.weight).abs() <= most / 254 * 1.001).all()
+    assert ((dense_weight(quantised) - layer.weight).abs() <= most / 254 * 1.001).all()
     assert (
         sum(p.nbytes for p in quantised.parameters()) == 80 * 96 + 80 * 4 + 80 * 4
     )  # and scales, and biases
@@ -66,30 +65,34 @@ def test_nf4_is_the_nearest_of_sixteen_values():
     blocks = layer.weight.reshape(-1, 64)
     most = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks[..., None] - most[..., None] * values).abs().amin(2)
-    found = (quantised.dense(torch.float32).reshape(-1, 64) - blocks).abs()
+    found = (dense_weight(quantised).reshape(-1, 64) - blocks).abs()
     assert torch.allclose(found, nearest, atol=1e-6)
     assert sum(p.nbytes for p in quantised.parameters()) == 80 * 96 * (1 / 2 + 4 / 64) + 80 * 4
+
+
+def keep_none(tensor):
+    """For saved_tensors_hooks: no dense weight may stay for the backward."""
+    assert not tensor.is_floating_point() or tensor.numel() < 80 * 96
+    return tensor
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_is_that_of_its_dense_weight(how, dtype):
-    """Forward and backward, in training and not; the graph keeps no dense weight; float16 takes what it takes
-    of a dense layer."""
+    """Forward and backward, in training and not, compiled and not. float16 takes what a dense layer takes."""
     layer, quantised = layer_of(how, dtype)
-    layer.weight.copy_(quantised.dense(dtype))
+    layer.weight.copy_(dense_weight(quantised))
     x = (200 * torch.randn(2, 5, 96)).to(dtype).requires_grad_()
     y = layer(x)
     [grad] = torch.autograd.grad(y.sum(), x)
     assert y.isfinite().all()
-    for training in (True, False):
-        kept, same = [], lambda tensor: tensor
-        with torch.autograd.graph.saved_tensors_hooks(partial(remember, kept), same):
-            found = quantised.train(training)(x)
+    compiled = torch.compile(quantised, backend="aot_eager", fullgraph=True)
+    for call in (quantised.train(), quantised.eval(), compiled):
+        with torch.autograd.graph.saved_tensors_hooks(keep_none, lambda tensor: tensor):
+            found = call(x)
         assert torch.equal(found, y) and torch.equal(torch.autograd.grad(found.sum(), x)[0], grad)
-        assert layer.weight.numel() not in kept
         with torch.no_grad():
-            assert torch.equal(quantised(x), y)
+            assert torch.equal(call(x), y)
     assert quantised.weight.dtype == dtype  # transformers' T5 reads it
 
 

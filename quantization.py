@@ -5,8 +5,8 @@ are used. LoRAs on them, guidance and sampling stay as they are.
     nf4   16 values, quantiles of a Gaussian, and a scale per 64 weights (QLoRA, arXiv 2305.14314), by
           bitsandbytes: 0.56 bytes a weight
 
-Why int8 is no library's: torchao's layers keep the dense weight in the graph for the backward, so that nothing
-is saved in training, and sum before they scale, which overflows in float16."""
+Why int8 is no library's: torchao's layers keep the dense weight in the graph for the backward, so nothing is
+saved in training, and sum before they scale, which overflows in float16."""
 
 import importlib.metadata
 import math

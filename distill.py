@@ -107,6 +107,7 @@ add("--alpha", type=float, default=64, help="of an untrained student LoRA (paper
 add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 updates (paper: 0.9)")
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
+add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="in CPU memory except while they encode")

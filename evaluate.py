@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
-from flow_sde import load_model  # model
+from flow_sde import load_model, quantizer  # model
 from flow_sde import HERE, StopSignal, check, claim_folder, end_processes, file_hash, fingerprint  # run
 from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, say, start_processes
 from flow_sde import write, write_json
@@ -78,6 +78,7 @@ add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of frozen weights; the rest is float32")
+add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (worse on long prompts)")
 add("--max-sequence-length", type=int, help="text tokens (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in CPU memory while not encoding")
@@ -180,7 +181,7 @@ def settings_of(name, task):
     settings |= {"model": base, "LoRA": lora and fingerprint(lora), "guidance": loras[name]["guidance"]}
     for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
         settings[key] = getattr(args, key)
-    return settings
+    return settings | {"quantize": quantizer(args.quantize)}
 
 
 def read_scores(name, task):

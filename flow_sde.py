@@ -17,6 +17,7 @@ import errno
 import glob
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -236,7 +237,8 @@ class Model:
     dtype is the frozen networks', and what LoRAs are computed in; trained weights, latents, guidance and SDE
     are float32. use_t5=False leaves out SD3's largest text encoder (its tokens are zeros, as in diffusers);
     offload keeps the text encoders in CPU memory except while they encode. max_sequence_length is the text's,
-    in tokens; CLIP always reads its own 77."""
+    in tokens; CLIP always reads its own 77. quantize ("int8" or "nf4") is how the frozen networks' large
+    weights are stored; LoRAs and what is computed stay as they are."""
 
     defaults = dict(resolution=512, guidance=4.0, dtype="bfloat16", max_sequence_length=512)  # of the flags
     distilled_defaults = dict(guidance=1.0)  # of models whose guidance was distilled into them
@@ -257,14 +259,15 @@ class Model:
         offload=False,
         gradient_checkpointing=False,
         max_sequence_length=None,
+        quantize=None,
     ):
         max_sequence_length = max_sequence_length or defaults_of(model)["max_sequence_length"]
         wrong = f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}"
         check(max_sequence_length <= self.most_tokens, wrong)
         check(use_t5 or self.optional, f"--no-t5: {model} has no T5 that it could do without")
-        self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload)
+        self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload, quantize)
         self.transformer = self.pipe.transformer
-        self.device, self.dtype, self.offload = device, dtype, offload
+        self.device, self.dtype, self.offload, self.quantize = device, dtype, offload, quantize
         self.sources = {"base": model}  # {name: where it was loaded from}
         self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
         self.adapters = {}  # {name: [A, B, A, B, ...]}
@@ -459,16 +462,14 @@ class Model:
 
     @torch.no_grad()
     def save_pipeline(self, folder, name):
-        """A stand-alone pipeline with an adapter merged into its weights. The model is of no use after it."""
-        for layer in self.transformer.modules():
-            if isinstance(layer, LoRA):
-                if name in layer.loras:
-                    A, B, scale = layer.loras[name]
-                    layer.weight += scale * B @ A
-                layer.__class__ = type(layer).__bases__[1]
-        self.pipe.vae.to(self.dtype)
+        """A stand-alone pipeline: the base loaded anew, dense and on the CPU, with an adapter merged in."""
+        pipe = load_pipeline(self.sources["base"], self.dtype)
+        layers = linear_layers(pipe.transformer)
+        for n, (A, B, alpha) in self.lora(name).items():
+            layers[n].weight += (alpha / len(A) * B @ A).cpu()
+        pipe.vae.to(self.dtype)
         folder = folder.rstrip("/")
-        self.pipe.save_pretrained(folder + ".new")
+        pipe.save_pretrained(folder + ".new")
         os.rename(folder + ".new", folder)
 
     # -- adapters ------------------------------------------------------------------------------------------
@@ -480,7 +481,7 @@ class Model:
             return self.load_adapter(name, path, self.dtype)
         kind, found = type(self.transformer), read_json(os.path.join(folder, "config.json"))["_class_name"]
         check(found == kind.__name__, f"{path}: a {found}; this model's transformer is a {kind.__name__}")
-        network = load_network(kind, folder, self.dtype, self.device)
+        network = load_network(kind, folder, self.dtype, self.device, self.quantize)
         for key in INPUTS:
             its, ours = network.config.get(key), self.transformer.config.get(key)
             check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
@@ -575,11 +576,24 @@ def family_of(pipeline):
     return getattr(importlib.import_module(module), name)
 
 
+def quantizer(how):
+    """A --quantize with the version of its package, for what tells runs apart."""
+    return f"nf4 (bitsandbytes {importlib.metadata.version('bitsandbytes')})" if how == "nf4" else how
+
+
 def load_model(args, device):
     """The Model that a script's flags describe, of the family that the pipeline belongs to."""
+    if args.quantize == "nf4":
+        from memory.quantize import try_nf4
+
+        try:
+            try_nf4(device)
+        except Exception as error:
+            die(f"--quantize nf4: bitsandbytes cannot do it on {device} ({first_line(error)})")
     family = family_of(pipeline_folder(args.model, only=())[1])
     checkpointing = getattr(args, "gradient_checkpointing", False)
-    options = (not args.no_t5, args.offload_text_encoders, checkpointing, args.max_sequence_length)
+    options = (not args.no_t5, args.offload_text_encoders, checkpointing)
+    options += (args.max_sequence_length, args.quantize)
     model = family(args.model, getattr(torch, args.dtype), device, *options)
     model.latent_shape(args.resolution)
     for name in ("num_steps", "eval_num_steps"):  # what the schedule cannot do is refused now
@@ -642,7 +656,7 @@ def is_clip(encoder):
     return type(encoder).__name__.startswith("CLIP")
 
 
-def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
+def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quantize=None):
     """A diffusers pipeline from its folder or hub id, every network of it loaded and checked by load_network,
     the VAE in float32. left_out: parts to do without; offload keeps the text encoders in CPU memory."""
     import diffusers
@@ -657,9 +671,10 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
         module = {"diffusers": diffusers, "transformers": transformers}.get(library)
         network = getattr(module, name or "", None)
         if part not in parts and isinstance(network, type) and issubclass(network, torch.nn.Module):
-            place = "cpu" if offload and part.startswith("text_encoder") else device
-            precision = torch.float32 if part == "vae" else dtype
-            parts[part] = load_network(network, os.path.join(folder, part), precision, place)
+            how = (torch.float32, device) if part == "vae" else (dtype, device, quantize)
+            parts[part] = load_network(network, os.path.join(folder, part), *how)
+            if offload and part.startswith("text_encoder"):
+                parts[part].to("cpu")
     try:
         pipe = kind.from_pretrained(folder, torch_dtype=dtype, **parts)
     except Exception as error:
@@ -673,18 +688,24 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False):
     return pipe
 
 
-def load_network(kind, folder, dtype, device):
+LARGE_ENCODER = 10**9  # parameters, from which on --quantize takes a text encoder too
+
+
+def load_network(kind, folder, dtype, device, quantize=None):
     """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
-    and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much."""
+    and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much.
+    With quantize, its blocks are quantized on the way to the device, except in a small text encoder."""
     import diffusers
 
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     kinds = {kept_as for file in files for kept_as in read_header(file)[0].values()}
     plain = kinds <= {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
-    quantised = not plain or read_json(os.path.join(folder, "config.json")).get("quantization_config")
-    check(not quantised, f"{folder}: a quantised network; give one in float32, bfloat16 or float16")
+    quantized = not plain or read_json(os.path.join(folder, "config.json")).get("quantization_config")
+    instead = "give the dense one (float32, bfloat16 or float16), with --quantize int8 or nf4"
+    check(not quantized, f"{folder}: a quantized network; {instead}")
     options = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if kind.__module__.startswith("transformers"):
+    is_encoder = kind.__module__.startswith("transformers")
+    if is_encoder:
         options["ignore_mismatched_sizes"] = True  # `info` tells of them; diffusers raises
     try:
         network, info = kind.from_pretrained(folder, **options)
@@ -696,14 +717,18 @@ def load_network(kind, folder, dtype, device):
     check(
         not wrong, f"{folder}: not the weights of a {kind.__name__} with this config.json; {'; '.join(wrong)}"
     )
-    network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval()
+    for key, weight in network.state_dict().items():
+        if weight.is_floating_point() and not torch.stack(weight.to(device).aminmax()).isfinite().all():
+            die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
+    if quantize and not (is_encoder and network.num_parameters() < LARGE_ENCODER):
+        from memory.quantize import quantize_blocks
+
+        quantize_blocks(network, quantize, device)
     for module in network.modules():
         if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
             module.__class__ = RMSNorm
-    for key, weight in network.state_dict().items():
-        if weight.is_floating_point() and not torch.stack(weight.aminmax()).isfinite().all():
-            die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
-    return network
+    return network.to(device)
 
 
 # -- LoRA files --------------------------------------------------------------------------------------------
@@ -1120,6 +1145,8 @@ def check_flags(actions, args):
         check(given.noise_level <= 1, f"--noise-level {given.noise_level}: with --sde cps at most 1")
     if getattr(args, "init", None) not in (None, "none", "merge"):
         locate(args.init)
+    if getattr(args, "quantize", None) == "nf4":
+        check(importlib.util.find_spec("bitsandbytes"), "--quantize nf4: pip install bitsandbytes")
     if getattr(args, "track", None):
         check(importlib.util.find_spec(args.track), f"--track {args.track}: pip install {args.track}")
 
@@ -1496,6 +1523,7 @@ def run_identity(args, processes, files):
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
     free |= {"batch_size"}  # by its sum: fewer processes with more prompts each are the same run
     flags = {name: value for name, value in vars(args).items() if name not in free}
+    flags["quantize"] = quantizer(args.quantize)
     contents = {what: path and fingerprint(path) for what, path in files.items()}
     return flags | contents | {"--batch-size x processes": args.batch_size * processes}
 

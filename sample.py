@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
-from flow_sde import load_model, locate  # model
+from flow_sde import load_model, locate, quantizer  # model
 from flow_sde import StopSignal, check, claim_folder, die, end_processes, fingerprint, first_line  # run
 from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, start_processes
 from flow_sde import write, write_json
@@ -51,6 +51,7 @@ add("--noise-level", type=float, default=0.0, help="0: deterministic")
 add = parser.add_argument_group("running").add_argument
 add("--batch-size", type=int, default=4, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks; the VAE's is float32")
+add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (worse on long prompts)")
 add("--max-sequence-length", type=int, help="text tokens (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in CPU memory while not encoding")
@@ -99,6 +100,7 @@ settings = {"model": fingerprint(args.model), "LoRA": args.lora and fingerprint(
 free = {"out", "overwrite", "merge", "batch_size", "offload_text_encoders"}  # no picture depends on these
 free |= {"model", "lora", "prompt", "prompts"}  # these by content
 settings |= {name: value for name, value in vars(args).items() if name not in free}
+settings["quantize"] = quantizer(args.quantize)
 about, before, others = os.path.join(args.out, "samples.json"), {}, []
 if os.path.exists(about):
     before = read_json(about).get("settings", {})

@@ -76,6 +76,7 @@ add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 upd
 add = parser.add_argument_group("sft, running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
+add("--shard", action="store_true", help="spread what is frozen over the processes (FSDP): slower")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="in CPU memory except while they encode")
@@ -203,9 +204,9 @@ if rank == 0:
 
 @torch.no_grad()
 def teacher_velocity(x, t, cond, tasks):
-    """The guided velocity of each sample's own teacher."""
+    """The guided velocity of each sample's own teacher. tasks: {task: its rows}, see by_task."""
     answers = []
-    for task, rows in by_task(tasks):
+    for task, rows in tasks.items():
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
     return torch.cat(answers)
 
@@ -224,7 +225,8 @@ for step in range(first_step, args.steps):
 
     for i in range(0, samples, args.micro_batch_size):
         part = slice(i, i + args.micro_batch_size)
-        tasks, cond = [task for task, _ in batch[part]], take_rows(conds, part)
+        everyones = picked[i * world : part.stop * world]  # what all processes have in this micro-batch
+        tasks, cond = by_task(batch[part], everyones), take_rows(conds, part)
         draw = partial(randn, gens[part], shape, device)
 
         # act: the teacher samples the trajectory; learn: the student's distance to it at every state

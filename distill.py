@@ -108,6 +108,7 @@ add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 upd
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
+add("--shard", action="store_true", help="spread what is frozen over the processes (FSDP): slower")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="in CPU memory except while they encode")
@@ -240,9 +241,9 @@ def student_velocity(x, t, cond, labelled):
 @torch.no_grad()
 def label(x, t, cond, tasks):
     """Ask each task's teacher, and the anchor, for their velocities at the states x: (v_teacher, v_anchor),
-    data without a graph; v_anchor is None without MAR."""
+    data without a graph; v_anchor is None without MAR. tasks: {task: its rows}, see by_task."""
     answers = []  # the batch is in the order of its tasks
-    for task, rows in by_task(tasks):
+    for task, rows in tasks.items():
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
     if anchor == "none":
         return torch.cat(answers), None
@@ -320,7 +321,9 @@ for step in range(first_step, args.steps):
 
     for i in range(0, samples, args.micro_batch_size):
         part = slice(i, i + args.micro_batch_size)
-        tasks, cond = [task for task, _ in batch[part]], take_rows(conds, part)
+        first, end = i // args.group_size, math.ceil((i + args.micro_batch_size) / args.group_size)
+        everyones = picked[first * world : end * world]  # what all processes have in this micro-batch
+        tasks, cond = by_task(batch[part], everyones), take_rows(conds, part)
         draw = partial(randn, gens[part], shape, device)
 
         # act: the student samples its own trajectory
@@ -350,7 +353,7 @@ for step in range(first_step, args.steps):
                 advantage = log_ratio + kl if args.objective == "ppo" else -kl
                 memory.append((x, t, t_next, x_next, old, advantage * dimensions, v_anchor, cond))
             k = labelled.index(t)
-            for task, rows in by_task(tasks):
+            for task, rows in tasks.items():
                 distances[targets.index(task), k] += distance[rows].detach().sum()
                 velocity_sums[targets.index(task), k] += v_teacher[rows].sum()
             if v_anchor is not None:

@@ -79,6 +79,7 @@ add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of frozen weights; the rest is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
+add("--shard", action="store_true", help="spread what is frozen over the processes (FSDP): slower")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (worse on long prompts)")
 add("--max-sequence-length", type=int, help="text tokens (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in CPU memory while not encoding")
@@ -243,14 +244,16 @@ class Job(typing.NamedTuple):
 jobs = []  # this process's
 for name, task in files:
     scores, total, size = read_scores(name, task), len(prompts[task]), args.eval_batch_size
-    for start in range(rank * size, total, world * size):  # the same batches for any number of processes
-        numbers, unscored = list(range(start, min(start + size, total))), {}
+    for start in range(0, total, world * size):  # the same batches for any number of processes
+        everyones = range(start, min(start + world * size, total))
+        numbers, unscored = list(everyones[rank * size :][:size]), {}
         for reward in rewards_of(task, rewards, prompts):
             lacking = [i for i in numbers if (rewards[reward].identity, i) not in scores]
             if lacking:
                 unscored[reward] = lacking
-        missing = not folders and not all(is_whole(files[name, task][i]) for i in numbers)
-        if missing or unscored:
+        looked_at = everyones if args.shard else numbers  # a sharded network draws for all, or for none
+        missing = not folders and not all(is_whole(files[name, task][i]) for i in looked_at)
+        if missing or unscored or args.shard:
             jobs.append(Job(name, task, numbers, unscored, missing))
 if any(job.missing for job in jobs):
     model = load_model(args, device)
@@ -284,7 +287,7 @@ def draw_all():
     """Draw the missing pictures and pass them to the thread that writes them."""
     writer, written = ThreadPoolExecutor(1), []
     for job in jobs:
-        if stop.name:
+        if stop.arrived(device) if args.shard else stop.name:
             break
         pictures = None
         if job.missing:

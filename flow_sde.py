@@ -11,6 +11,7 @@ all samples of a batch are at the same step, and no formula waits for a GPU.
 """
 
 import argparse
+import collections
 import copy
 import datetime
 import errno
@@ -184,7 +185,8 @@ def generators(seed, step, indices):
 
 def randn(gens, shape, device):
     """Noise of shape (len(gens), *shape), float32, one sample from each generator."""
-    return to_device(torch.stack([torch.randn(shape, generator=g) for g in gens]), device)
+    rows = [torch.randn(shape, generator=g) for g in gens]
+    return to_device(torch.stack(rows) if rows else torch.empty(0, *shape), device)
 
 
 def to_device(values, device):
@@ -238,7 +240,8 @@ class Model:
     are float32. use_t5=False leaves out SD3's largest text encoder (its tokens are zeros, as in diffusers);
     offload keeps the text encoders in CPU memory except while they encode. max_sequence_length is the text's,
     in tokens; CLIP always reads its own 77. quantize ("int8" or "nf4") is how the frozen networks' large
-    weights are stored; LoRAs and what is computed stay as they are."""
+    weights are stored; LoRAs and what is computed stay as they are. shard gives each process a part of the
+    networks: then all processes must ask the same network at the same time, if need be with no rows."""
 
     defaults = dict(resolution=512, guidance=4.0, dtype="bfloat16", max_sequence_length=512)  # of the flags
     distilled_defaults = dict(guidance=1.0)  # of models whose guidance was distilled into them
@@ -260,14 +263,17 @@ class Model:
         gradient_checkpointing=False,
         max_sequence_length=None,
         quantize=None,
+        shard=False,
     ):
         max_sequence_length = max_sequence_length or defaults_of(model)["max_sequence_length"]
         wrong = f"--max-sequence-length {max_sequence_length}: the pipeline takes at most {self.most_tokens}"
         check(max_sequence_length <= self.most_tokens, wrong)
         check(use_t5 or self.optional, f"--no-t5: {model} has no T5 that it could do without")
-        self.pipe = load_pipeline(model, dtype, device, () if use_t5 else self.optional, offload, quantize)
+        left_out = () if use_t5 else self.optional
+        self.pipe = load_pipeline(model, dtype, device, left_out, offload, quantize, shard)
         self.transformer = self.pipe.transformer
-        self.device, self.dtype, self.offload, self.quantize = device, dtype, offload, quantize
+        self.device, self.dtype, self.offload = device, dtype, offload
+        self.quantize, self.shard = quantize, shard
         self.sources = {"base": model}  # {name: where it was loaded from}
         self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
         self.adapters = {}  # {name: [A, B, A, B, ...]}
@@ -363,9 +369,12 @@ class Model:
         """B strings -> what `net` takes of them, each B rows: tensors, e.g. embeds (B, L, D) and pooled
         (B, P), or lists. A prompt that occurs twice is encoded once."""
         unique, parts = list(dict.fromkeys(prompts)), []
+        batches = [unique[i : i + 16] for i in range(0, len(unique), 16)]
+        if self.shard:  # all processes ask the encoders equally often
+            batches += [[""]] * (most(len(batches), self.device) - len(batches))
         self._move_encoders(self.device)
-        for i in range(0, len(unique), 16):
-            found = self.pipe.encode_prompt(unique[i : i + 16], **self.text_options | options)
+        for batch in batches:
+            found = self.pipe.encode_prompt(batch, **self.text_options | options)
             parts.append([self._as_read(found[k], found[0]) for k in self.takes])
         self._move_encoders("cpu")
         conds = [join_rows(*kind) for kind in zip(*parts)]
@@ -386,10 +395,16 @@ class Model:
     def velocity(self, x, t, cond, adapter="base", guidance=1.0):
         """v(x_t, t | cond) of one adapter (or "base", or a full fine-tune), (B, ...) float32, guided: in most
         families v_uncond + g (v_cond - v_uncond), both halves in one forward. g = 1 is a single, unguided
-        forward; a network that takes g as an input (`embedded`) gets it."""
+        forward; a network that takes g as an input (`embedded`) gets it. Without rows (B = 0) a process only
+        takes part in the forward of a sharded network."""
         assert adapter == "base" or adapter in self.adapters or adapter in self.full, adapter
         if guidance != 1 and not self.guidable:
             die(f"guidance {guidance:g}: guidance was distilled into {self.sources['base']}; give 1")
+        if len(x) == 0:
+            if self.shard:
+                one = x.new_zeros(1, *x.shape[1:])
+                x = self.velocity(one, t, self.null, adapter, guidance)
+            return x[:0].float()
         network = self.full.get(adapter, self.transformer)
         self.applied.name = adapter
         x = x.to(self.dtype)
@@ -419,9 +434,8 @@ class Model:
         blocks of a kind; another adapter or another number of rows is another graph."""
         torch._dynamo.config.cache_size_limit = 256
         for network in (self.transformer, *self.full.values()):
-            for block in network.modules():
-                if type(block).__name__ in network._no_split_modules:
-                    block.compile(fullgraph=True, dynamic=False, **options)
+            for block in blocks_of(network):
+                block.compile(fullgraph=True, dynamic=False, **options)
 
     @torch.no_grad()
     def decode(self, latents, name=None):
@@ -453,12 +467,16 @@ class Model:
         strict=True,
     ):
         """Pictures (B, 3, H, W) in [0, 1]; noise_level 0 is the deterministic sampler, equal to the diffusers
-        pipeline's. A picture that is not finite ends the program; without `strict` it is returned as NaN."""
+        pipeline's. A picture that is not finite ends the program; without `strict` it is returned as NaN.
+        Without prompts a process only takes part in the forwards of sharded networks."""
+        nothing = torch.zeros(0, 3, resolution, resolution, device=self.device)
+        if not prompts and not self.shard:
+            return nothing
         draw = partial(randn, gens, self.latent_shape(resolution), self.device)
         velocity = partial(self.velocity, cond=self.encode(prompts), adapter=adapter, guidance=guidance)
         sigmas = self.sigmas(num_steps, resolution)
         *_, last = rollout(velocity, draw(), sigmas, noise_level, sde, draw)
-        return self.decode(last.x_next, adapter if strict else None)
+        return self.decode(last.x_next, adapter if strict else None) if prompts else nothing
 
     @torch.no_grad()
     def save_pipeline(self, folder, name):
@@ -479,14 +497,19 @@ class Model:
         folder = transformer_folder(locate(path))
         if not folder:
             return self.load_adapter(name, path, self.dtype)
-        kind, found = type(self.transformer), read_json(os.path.join(folder, "config.json"))["_class_name"]
-        check(found == kind.__name__, f"{path}: a {found}; this model's transformer is a {kind.__name__}")
-        network = load_network(kind, folder, self.dtype, self.device, self.quantize)
+        library, ours = self.pipe.config["transformer"]
+        found = read_json(os.path.join(folder, "config.json"))["_class_name"]
+        check(found == ours, f"{path}: a {found}; this model's transformer is a {ours}")
+        kind, place = getattr(importlib.import_module(library), ours), "cpu" if self.shard else self.device
+        network = load_network(kind, folder, self.dtype, place, self.quantize)
         for key in INPUTS:
             its, ours = network.config.get(key), self.transformer.config.get(key)
             check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
         size = sum(p.nbytes for p in network.parameters()) / 1e9
-        say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more on every device")
+        where = "on all devices together" if self.shard else "on every device"
+        say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more {where}")
+        if self.shard:
+            shard_network(network, self.device)
         self.full[name], self.sources[name] = network, path
 
     def new_adapter(self, name, rank, alpha, seed=0):
@@ -593,7 +616,9 @@ def load_model(args, device):
     family = family_of(pipeline_folder(args.model, only=())[1])
     checkpointing = getattr(args, "gradient_checkpointing", False)
     options = (not args.no_t5, args.offload_text_encoders, checkpointing)
-    options += (args.max_sequence_length, args.quantize)
+    options += (args.max_sequence_length, args.quantize, args.shard)
+    alone = args.shard and not torch.distributed.is_initialized()
+    check(not alone, "--shard: there is one process; start several, torchrun --nproc_per_node=8 ...")
     model = family(args.model, getattr(torch, args.dtype), device, *options)
     model.latent_shape(args.resolution)
     for name in ("num_steps", "eval_num_steps"):  # what the schedule cannot do is refused now
@@ -628,17 +653,18 @@ def take_rows(cond, rows):
         elif isinstance(c, list):
             taken.append([c[i] for i in rows])
         else:
-            taken.append(c[to_device(rows, c.device)])
+            taken.append(c[to_device(torch.tensor(rows, dtype=torch.long), c.device)])
     return tuple(taken)
 
 
-def by_task(tasks):
-    """[(task, slice of its rows)]: the runs of equal tasks in a batch, which is in the order of its tasks."""
-    found, start = [], 0
-    for task, group in itertools.groupby(tasks):
-        stop = start + len(list(group))
-        found.append((task, slice(start, stop)))
-        start = stop
+def by_task(batch, everyones):
+    """{task: slice of its rows} of a batch of (task, row) pairs in the order of their tasks. everyones: all
+    processes' batches in one, in that order too. A task that only others have has no rows here; but all
+    processes ask its teacher, if the network is sharded."""
+    counts, found, start = collections.Counter(task for task, _ in batch), {}, 0
+    for task in dict.fromkeys(task for task, _ in everyones):
+        found[task] = slice(start, start + counts[task])
+        start += counts[task]
     return found
 
 
@@ -653,12 +679,13 @@ def text_parts(pipe):
 
 
 def is_clip(encoder):
-    return type(encoder).__name__.startswith("CLIP")
+    return encoder.config.model_type.startswith("clip")  # "clip_text_model"
 
 
-def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quantize=None):
+def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quantize=None, shard=False):
     """A diffusers pipeline from its folder or hub id, every network of it loaded and checked by load_network,
-    the VAE in float32. left_out: parts to do without; offload keeps the text encoders in CPU memory."""
+    the VAE in float32. left_out: parts to do without; offload keeps the text encoders in CPU memory. quantize
+    and shard are for the transformer and for large text encoders."""
     import diffusers
     import transformers
 
@@ -671,7 +698,7 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quanti
         module = {"diffusers": diffusers, "transformers": transformers}.get(library)
         network = getattr(module, name or "", None)
         if part not in parts and isinstance(network, type) and issubclass(network, torch.nn.Module):
-            how = (torch.float32, device) if part == "vae" else (dtype, device, quantize)
+            how = (torch.float32, device) if part == "vae" else (dtype, "cpu" if shard else device, quantize)
             parts[part] = load_network(network, os.path.join(folder, part), *how)
             if offload and part.startswith("text_encoder"):
                 parts[part].to("cpu")
@@ -685,16 +712,44 @@ def load_pipeline(model, dtype, device="cpu", left_out=(), offload=False, quanti
             part = f"--model {model}: {part.replace('text_encoder', 'tokenizer')}"
             has = f"it has {len(tokenizer)} words, and its text encoder knows {known}"
             die(f"{part} has no whole vocabulary: {has}")
+    if shard:
+        shard_network(pipe.transformer, device)
+        for _, encoder, _ in () if offload else text_parts(pipe):
+            if is_large(encoder):
+                shard_network(encoder, device)
+            else:
+                encoder.to(device)
     return pipe
 
 
-LARGE_ENCODER = 10**9  # parameters, from which on --quantize takes a text encoder too
+LARGE_ENCODER = 10**9  # parameters, from which on --quantize and --shard take a text encoder too
 
 
-def load_network(kind, folder, dtype, device, quantize=None):
+def is_large(encoder):
+    return encoder.num_parameters() >= LARGE_ENCODER
+
+
+def blocks_of(network):
+    """The blocks that a network is a stack of."""
+    return [block for block in network.modules() if type(block).__name__ in network._no_split_modules]
+
+
+def shard_network(network, device):
+    """Leave a part of each weight on this process's device; a block borrows the others' parts while it is at
+    work (FSDP). The LoRAs' weights are no parameters of the network, so they stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* a view")  # nobody writes to it
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in (*blocks_of(network), network):
+        fully_shard(module, mesh=mesh)
+
+
+def load_network(kind, folder, dtype, device, how=None):
     """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
     and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much.
-    With quantize, its blocks are quantized on the way to the device, except in a small text encoder."""
+    how: "int8" or "nf4", to quantize its blocks on the way to the device, except in a small text encoder."""
     import diffusers
 
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
@@ -721,10 +776,13 @@ def load_network(kind, folder, dtype, device, quantize=None):
     for key, weight in network.state_dict().items():
         if weight.is_floating_point() and not torch.stack(weight.to(device).aminmax()).isfinite().all():
             die(f"{folder}: {key} has values that are not finite (as {str(dtype).removeprefix('torch.')})")
-    if quantize and not (is_encoder and network.num_parameters() < LARGE_ENCODER):
-        from memory.quantize import quantize_blocks
+    if how and (not is_encoder or is_large(network)):
+        from memory.quantize import quantize
 
-        quantize_blocks(network, quantize, device)
+        for block in blocks_of(network):
+            for layer in block.modules():
+                if type(layer) is torch.nn.Linear:  # one at a time: the device never holds the dense network
+                    quantize(layer.to(device), how)
     for module in network.modules():
         if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
             module.__class__ = RMSNorm
@@ -1147,6 +1205,10 @@ def check_flags(actions, args):
         locate(args.init)
     if getattr(args, "quantize", None) == "nf4":
         check(importlib.util.find_spec("bitsandbytes"), "--quantize nf4: pip install bitsandbytes")
+        check(not args.shard, "--shard: bitsandbytes cannot shard nf4; give --quantize int8, or neither")
+    if getattr(args, "shard", False):
+        compiled = getattr(args, "compile", False)
+        check(not compiled, "--shard with --compile: FSDP's hooks break the graphs; leave one out")
     if getattr(args, "track", None):
         check(importlib.util.find_spec(args.track), f"--track {args.track}: pip install {args.track}")
 
@@ -1326,6 +1388,13 @@ def reduce_sum(tensor):
     return tensor
 
 
+def most(number, device):
+    """The largest of all processes' numbers."""
+    tensor = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return tensor.item()
+
+
 def descend(optimizer, params, count):
     """One optimizer step on the mean gradient of all processes; returns its norm before it is clipped to 1. A
     gradient that is not finite changes nothing.
@@ -1350,6 +1419,7 @@ class StopSignal:
 
     def __init__(self):
         self.name, self.since, self.failure = None, 0.0, None
+        self.agreed = False  # whether all processes know
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
@@ -1364,9 +1434,12 @@ class StopSignal:
 
     def arrived(self, device):
         """Whether any process was told to stop: the same answer on all, so none waits for one that left."""
-        if reduce_sum(torch.tensor(float(self.name is not None), device=device)).item() > 0:
+        if not self.agreed:
+            told = reduce_sum(torch.tensor(float(self.name is not None), device=device)).item()
+            self.agreed = told > 0
+        if self.agreed:
             self.name = self.name or "another process's"
-        return self.name is not None
+        return self.agreed
 
     def disarm(self):
         """From here on Ctrl-C ends the program at once."""
@@ -1404,8 +1477,9 @@ class Run:
         return start
 
     def interrupted(self):
-        """Whether this process was told to stop. Asks no other process, so it costs nothing."""
-        return self.stop.name is not None
+        """Whether this process was told to stop. Asks no other process, so it costs nothing; but with --shard
+        none can go on without the others."""
+        return self.stopping() if self.args.shard else self.stop.name is not None
 
     def stopping(self):
         """Whether any process was told to stop, the same answer on all: all give up the rollout in hand."""
@@ -1519,7 +1593,7 @@ def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
     free = {"steps", "out", "resume", "track", "save_every", "keep", "compile"}
     free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option", "compare"}
-    free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing"}
+    free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing", "shard"}
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content
     free |= {"batch_size"}  # by its sum: fewer processes with more prompts each are the same run
     flags = {name: value for name, value in vars(args).items() if name not in free}
@@ -1727,13 +1801,13 @@ def draw_rows(run, rows, prompts):
     to stop."""
     args, jobs = run.args, [(who, i) for row in rows.values() for i, who in enumerate(row)]
     pictures = torch.zeros(len(jobs), 3, args.resolution, args.resolution, device=run.device)
-    mine = range(run.rank, len(jobs), run.world)
-    for adapter, guidance in dict.fromkeys(jobs[j][0] for j in mine):
-        its = [j for j in mine if jobs[j][0] == (adapter, guidance)]
-        for start in range(0, len(its), args.eval_batch_size):
+    for adapter, guidance in dict.fromkeys(who for who, _ in jobs):
+        its = [j for j, (who, _) in enumerate(jobs) if who == (adapter, guidance)]
+        mine, rounds = its[run.rank :: run.world], math.ceil(len(its) / run.world / args.eval_batch_size)
+        for start in range(0, rounds * args.eval_batch_size, args.eval_batch_size):
             if run.interrupted():
                 break
-            batch = its[start : start + args.eval_batch_size]
+            batch = mine[start : start + args.eval_batch_size]
             numbers = [jobs[j][1] for j in batch]
             texts, gens = [prompts[i] for i in numbers], generators(args.seed, 1, numbers)
             drawn = run.model.generate(texts, gens, args.eval_num_steps, args.resolution, adapter, guidance)

@@ -616,19 +616,21 @@ def evaluate(
     (stop: its StopSignal)."""
     items = [(task, row) for task, rows in prompts.items() for row in rows]
     numbers = [number for rows in prompts.values() for number in range(len(rows))]  # as in evaluate.py
-    mine = list(range(rank, len(items), world))
+    mine, most = list(range(rank, len(items), world)), math.ceil(len(items) / world)
     guidance = args.guidance if guidance is None else guidance
     sampling = args.eval_num_steps, args.resolution, adapter, guidance
     scorer, table = Scorer(rewards, tasks or prompts, stop), torch.zeros(len(rewards), len(items))
     try:
-        for start in range(0, len(mine), args.eval_batch_size):
-            if stop and stop.name:
+        for start in range(0, most, args.eval_batch_size):
+            if stop and (stop.arrived(model.device) if model.shard else stop.name):
                 break
             indices = mine[start : start + args.eval_batch_size]
             batch = [items[i] for i in indices]
             texts = [row["prompt"] for _, row in batch]
             gens = generators(args.seed, 0, [numbers[i] for i in indices])
-            scorer.submit(model.generate(texts, gens, *sampling), batch)
+            pictures = model.generate(texts, gens, *sampling)
+            if batch:
+                scorer.submit(pictures, batch)
             if progress:
                 progress(len(batch))
         scores = scorer.collect() if mine else None

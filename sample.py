@@ -52,6 +52,7 @@ add = parser.add_argument_group("running").add_argument
 add("--batch-size", type=int, default=4, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the networks; the VAE's is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
+add("--shard", action="store_true", help="spread what is frozen over the processes (FSDP): slower")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (worse on long prompts)")
 add("--max-sequence-length", type=int, help="text tokens (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="keep them in CPU memory while not encoding")
@@ -97,7 +98,14 @@ def is_whole(file):
 jobs = [(text, k) for text in texts for k in range(args.num_images)]
 files = [os.path.join(args.out, f"{i:05d}.png") for i in range(len(jobs))]
 settings = {"model": fingerprint(args.model), "LoRA": args.lora and fingerprint(args.lora), "prompts": texts}
-free = {"out", "overwrite", "merge", "batch_size", "offload_text_encoders"}  # no picture depends on these
+free = {
+    "out",
+    "overwrite",
+    "merge",
+    "batch_size",
+    "offload_text_encoders",
+    "shard",
+}  # no picture depends on these
 free |= {"model", "lora", "prompt", "prompts"}  # these by content
 settings |= {name: value for name, value in vars(args).items() if name not in free}
 settings["quantize"] = quantizer(args.quantize)
@@ -110,9 +118,10 @@ changed = ", ".join(name for name in settings if before.get(name) != settings[na
 problem = f"other pictures are there (not the same {changed}); --overwrite replaces them"
 check(args.overwrite or not others, f"--out {args.out}: {problem}, or give another --out")
 batches = []  # this process's, of those with a picture missing
-for start in range(rank * args.batch_size, len(jobs), world * args.batch_size):
-    batch = range(start, min(start + args.batch_size, len(jobs)))
-    if others or not all(is_whole(files[i]) for i in batch):
+for start in range(0, len(jobs), world * args.batch_size):
+    everyones = range(start, min(start + world * args.batch_size, len(jobs)))
+    batch = everyones[rank * args.batch_size :][: args.batch_size]
+    if others or not all(is_whole(files[i]) for i in (everyones if args.shard else batch)):
         batches.append(batch)
 
 # -- sample --------------------------------------------------------------------------------------------------
@@ -131,7 +140,7 @@ if rank == 0:
 accelerator.wait_for_everyone()
 stop, adapter = StopSignal(), "lora" if args.lora else "base"
 for batch in tqdm(batches, unit="batch", disable=rank != 0):
-    if stop.name:
+    if stop.arrived(accelerator.device) if args.shard else stop.name:
         break
     prompts, gens = [jobs[i][0] for i in batch], generators(args.seed, 0, batch)
     sampling = args.num_steps, args.resolution, adapter, args.guidance, args.noise_level, args.sde

@@ -102,6 +102,7 @@ add("--ema", type=float, default=0.9, help="decay of the averaged LoRA per 8 upd
 add = parser.add_argument_group("running").add_argument
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is frozen; the rest is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")
+add("--shard", action="store_true", help="spread what is frozen over the processes (FSDP): slower")
 add("--no-t5", action="store_true", help="leave out SD3's largest text encoder (long prompts suffer)")
 add("--max-sequence-length", type=int, help="tokens read of a prompt (Flow-GRPO and Flow-OPD: 128)")
 add("--offload-text-encoders", action="store_true", help="in CPU memory except while they encode")
@@ -202,11 +203,31 @@ def advantages(rewards, tasks):
 
 @torch.no_grad()
 def reference_velocity(x, t, cond, tasks):
-    """The velocity that the KL is to, of the base or of each task's teacher."""
+    """The velocity that the KL is to, of the base or of each task's teacher. tasks: {task: its rows}, see
+    by_task."""
     answers = []
-    for task, rows in by_task(tasks):
+    for task, rows in tasks.items():
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), reference[task], args.guidance))
     return torch.cat(answers)
+
+
+def micro_batches(share, picked):
+    """The pictures of an update, a micro-batch at a time: (their numbers here, the (task, row) pairs of all
+    processes' in it). share: (groups of all processes, group size) of bool. With --shard all processes make
+    as many; one that has no more makes empty ones."""
+    parts = []  # of each process
+    for k in range(world):
+        numbers = share[k::world].flatten().nonzero().flatten()
+        parts.append(numbers.split(args.micro_batch_size) if len(numbers) else ())
+    count = max(map(len, parts)) if args.shard else len(parts[rank])
+    for j in range(count):
+        groups = {}  # of all processes in this micro-batch
+        for k in range(world):
+            chosen = parts[k][j] if j < len(parts[k]) else torch.zeros(0, dtype=torch.long)
+            groups |= {g * world + k: picked[g * world + k] for g in (chosen // args.group_size).tolist()}
+            if k == rank:
+                mine = chosen
+        yield mine, [groups[g] for g in sorted(groups)]
 
 
 def log_ratio_of(s, rows, mean, std):
@@ -344,11 +365,11 @@ for step in range(first_step, args.steps):
         count = share.sum().item() * len(trajectory)  # pictures x steps
         if count == 0:
             continue
-        for chosen in share[rank::world].flatten().nonzero().flatten().split(args.micro_batch_size):
+        for chosen, everyones in micro_batches(share, picked):
             if run.interrupted():
                 break
             rows, groups_of = to_device(chosen, device), (chosen // args.group_size).tolist()
-            cond, tasks = take_rows(conds, groups_of), [mine[group][0] for group in groups_of]
+            cond, tasks = take_rows(conds, groups_of), by_task([mine[g] for g in groups_of], everyones)
             for s in trajectory:
                 x = s.x[rows]
                 v = model.velocity(x, s.t, cond, "teacher", args.guidance)

@@ -188,7 +188,8 @@ def ours(folder, base, boundary):
 def ask_teachers(model, x, t, cond, tasks):
     """Every task's teacher, as distill.py's `label`."""
     answers = []
-    for task, rows in by_task(tasks):
+    pairs = [(task, None) for task in tasks]
+    for task, rows in by_task(pairs, pairs).items():
         answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, args.guidance))
     return torch.cat(answers)
 

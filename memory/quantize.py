@@ -14,16 +14,6 @@ import torch
 import torch.nn.functional as F
 
 
-def quantize_blocks(network, how, device):
-    """Move the linear layers of a network's blocks to the device and quantize them there, one at a time: the
-    device never holds the dense network."""
-    for block in network.modules():
-        if type(block).__name__ in network._no_split_modules:
-            for layer in block.modules():
-                if type(layer) is torch.nn.Linear:
-                    quantize(layer.to(device), how)
-
-
 def quantize(layer, how):
     """Make a linear layer a Quantized one. nf4 leaves it dense if its blocks of 64 weights are not full:
     bitsandbytes has been wrong there on some CPUs."""

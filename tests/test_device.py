@@ -123,7 +123,7 @@ def gpu(monkeypatch):
     pick, tolist, adamw = flow_sde.pick_prompts, torch.Tensor.tolist, torch.optim.AdamW
     load = flow_sde.load_network
 
-    def load_network(kind, folder, dtype, device):
+    def load_network(kind, folder, dtype, device, how=None):
         with asleep():
             network = load(kind, folder, dtype, "cpu")
         return network.to(device)

@@ -146,8 +146,10 @@ def test_guidance(model):
 
 
 def test_every_task_of_a_batch_has_its_own_rows():
-    """by_task gives each run of equal tasks as a slice; take_rows takes slices and numbers alike."""
-    assert by_task(["a", "a", "b", "a"]) == [("a", slice(0, 2)), ("b", slice(2, 3)), ("a", slice(3, 4))]
+    """by_task gives each task's rows as a slice, empty if only others have it; take_rows takes slices and
+    numbers alike."""
+    batch, everyones = zip("aac", "123"), zip("aaaabbcc", "12345678")
+    assert by_task(batch, everyones) == {"a": slice(0, 2), "b": slice(2, 2), "c": slice(2, 3)}
     cond = torch.arange(4), ["w", "x", "y", "z"]
     for rows in (slice(1, 3), [1, 2]):
         tensor, texts = take_rows(cond, rows)

@@ -1041,10 +1041,11 @@ REVISIONS = {}  # {hub repository: commit, pinned at first download}
 
 def fetch(repo, patterns):
     """A hub repository's files, downloaded once."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    options = dict(allow_patterns=patterns, local_files_only=constants.HF_HUB_OFFLINE)
     try:
-        folder = snapshot_download(repo, revision=REVISIONS.get(repo), allow_patterns=patterns)
+        folder = snapshot_download(repo, revision=REVISIONS.get(repo), **options)
     except Exception as error:
         kind = type(error).__name__
         die(f"{repo}: neither a local path nor to be had from the hub ({kind}: {first_line(error)})")

@@ -48,7 +48,7 @@ TOY = dict(
 )
 
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
@@ -211,16 +211,25 @@ def teacher_velocity(x, t, cond, tasks):
     return torch.cat(answers)
 
 
+def pick(step):
+    """The (task, row) pairs of an update, a pure function of (seed, step): all processes', and this one's. A
+    prompt's task decides its teacher. Processes take turns, so each has its part of every task."""
+    picked = pick_prompts(prompts, shares, args.seed, step, samples * world)
+    return picked, picked[rank::world]
+
+
+def prompts_of(step):
+    return [row["prompt"] for _, row in pick(step)[1]]
+
+
 # -- sft: the loop -------------------------------------------------------------------------------------------
 progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
 for step in range(first_step, args.steps):
     began = time.perf_counter()
 
-    # pick: a prompt's task decides its teacher. Processes take turns, so each has its part of every task
-    picked = pick_prompts(prompts, shares, args.seed, step, samples * world)
-    batch = picked[rank::world]
+    picked, batch = pick(step)
     gens = generators(args.seed, step, range(rank, len(picked), world))
-    conds = model.encode([row["prompt"] for _, row in batch])
+    conds = model.encode_update(prompts_of, step)
     distance_sum = kl_sum = torch.zeros((), device=device)
 
     for i in range(0, samples, args.micro_batch_size):

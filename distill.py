@@ -42,7 +42,7 @@ from tqdm import tqdm
 from flow_sde import WEIGHTINGS, clipped_surrogate, generators, log_prob, randn, rollout
 from flow_sde import step_weights, training_sigmas, transition, update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, take_rows
-from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, load_prompts, parse_args
+from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, listing, load_prompts, parse_args
 from flow_sde import parse_specs, parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given
 from flow_sde import save_grid, split_options, write_json
 from rewards import check_rewards, evaluate, markdown, parse_rewards, release_models, rewards_of
@@ -74,7 +74,7 @@ TOY = dict(
 )
 
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
 add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
@@ -217,6 +217,17 @@ if rank == 0:
     )
 
 
+def pick(step):
+    """The (task, row) pairs of an update, a pure function of (seed, step): all processes', and this one's. A
+    prompt's task decides its teacher. Processes take turns, so each has its part of every task."""
+    picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
+    return picked, [pair for pair in picked[rank::world] for _ in range(args.group_size)]
+
+
+def prompts_of(step):
+    return [row["prompt"] for _, row in pick(step)[1]]
+
+
 def labelled_steps(step):
     """The times t of this rollout's labelled steps, a pure function of (seed, step): all, or --label-steps of
     them, drawn without repetition by the density of Beta(A, B) at their place in the schedule, from 0 (noise)
@@ -283,7 +294,7 @@ def culprit(velocity_sums):
 
 
 columns = max(1, 8 // len(prompts))  # of the grid, for each task
-grid_rows = [(task, row) for task, rows in (eval_prompts or prompts).items() for row in rows[:columns]]
+grid_rows = [(task, row) for task, rows in (eval_prompts or prompts).items() for row in rows[:columns]][:16]
 shown = {"base": "base"} | {merge: merge for merge in args.compare} | {"start": "start", "student": "ema"}
 drawn_before = {}  # rows of the grid that do not change
 
@@ -308,12 +319,11 @@ progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininte
 for step in range(first_step, args.steps):
     began = time.perf_counter()
 
-    # pick: a prompt's task decides its teacher. Processes take turns, so each has its part of every task
-    picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
-    batch = [pair for pair in picked[rank::world] for _ in range(args.group_size)]
+    # pick
+    picked, batch = pick(step)
     numbers = np.arange(len(picked) * args.group_size).reshape(-1, args.group_size)[rank::world].flatten()
     gens = generators(args.seed, step, numbers)
-    conds = model.encode([row["prompt"] for _, row in batch])
+    conds = model.encode_update(prompts_of, step)
     labelled = labelled_steps(step)
     memory = []  # ppo only: what is learnt when the rollout is done
     distances = torch.zeros(len(targets), label_count, device=device)  # for the log
@@ -401,7 +411,7 @@ for step in range(first_step, args.steps):
         record["kl_by_sigma"] = {f"{t:.3f}": value for t, value in zip(labelled, by_sigma.tolist())}
     run.report(record)
     progress.update()
-    now = ", ".join(f"{task} {record[f'distance/{task}']:.1e}" for task in teachers if counts[task])
+    now = listing([f"{task} {record[f'distance/{task}']:.1e}" for task in teachers if counts[task]], 8)
     progress.set_postfix_str(f"distance to {now}")
     if step == 0 and rank == 0:
         progress.write(f"mean (v - v_teacher)^2 before the first update: {now}")

@@ -61,12 +61,12 @@ task), T2I-CompBench's samples/PROMPT_NUMBER.png, GenEval's NUMBER/samples/NUMBE
 and follow the prompts. png, jpg, webp, bmp, avif, tiff"""
 
 # -- flags ---------------------------------------------------------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
 add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="rows; `base`: no LoRA")
 add("--folders", nargs="+", metavar="NAME=DIR", help=FOLDERS)
-add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="prompts (.txt .jsonl .json .csv .tsv)")
+add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="prompts, .txt or .jsonl")
 add("--samples-per-prompt", type=int, default=1, help="GenEval: 4; more than 1 adds a column `diversity`")
 add("--reward", nargs="+", metavar="NAME[@TASK]", help="columns; one named like a task scores only that task")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")

@@ -248,6 +248,7 @@ class Model:
     takes = (0,)
     null_prompt, null_options = "", {}  # the unconditional prompt, and encode_prompt's options for it
     optional = ()  # parts of the pipeline that --no-t5 leaves out
+    ahead = 20  # updates whose prompts are encoded at once with --offload-text-encoders
     most_tokens = 512
     packed = False  # latents are (tokens, 4 C), not (C, h, w): a token has 2 x 2 of the VAE's
     even_grid = True  # the schedule is shifted from 1, 1 - 1/n, ..., 1/n, not from the scheduler's own grid
@@ -278,6 +279,7 @@ class Model:
         self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
         self.adapters = {}  # {name: [A, B, A, B, ...]}
         self.full = {}  # {name: network}
+        self.waiting = {}  # {update: what its prompts were encoded to}
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
         longest = [t.model_max_length for _, encoder, t in text_parts(self.pipe) if not is_clip(encoder)]
@@ -364,19 +366,35 @@ class Model:
             return side**2, config.in_channels
         return config.in_channels, side * self.patch, side * self.patch
 
-    @torch.no_grad()
     def encode(self, prompts, **options):
         """B strings -> what `net` takes of them, each B rows: tensors, e.g. embeds (B, L, D) and pooled
         (B, P), or lists. A prompt that occurs twice is encoded once."""
+        self._move_encoders(self.device)
+        conds = self._encode(prompts, **options)
+        self._move_encoders("cpu")
+        return conds
+
+    def encode_update(self, prompts_of, step):
+        """What `encode` returns for an update's prompts, prompts_of(step). With --offload-text-encoders those
+        of the next updates are encoded as well, while the encoders are there, and wait in CPU memory."""
+        if not self.offload:
+            return self.encode(prompts_of(step))
+        if step not in self.waiting:
+            self._move_encoders(self.device)
+            for k in range(step, step + self.ahead):
+                self.waiting[k] = placed(self._encode(prompts_of(k)), "cpu")
+            self._move_encoders("cpu")
+        return placed(self.waiting.pop(step), self.device)
+
+    @torch.no_grad()
+    def _encode(self, prompts, **options):
         unique, parts = list(dict.fromkeys(prompts)), []
         batches = [unique[i : i + 16] for i in range(0, len(unique), 16)]
         if self.shard:  # all processes ask the encoders equally often
             batches += [[""]] * (most(len(batches), self.device) - len(batches))
-        self._move_encoders(self.device)
         for batch in batches:
             found = self.pipe.encode_prompt(batch, **self.text_options | options)
             parts.append([self._as_read(found[k], found[0]) for k in self.takes])
-        self._move_encoders("cpu")
         conds = [join_rows(*kind) for kind in zip(*parts)]
         return take_rows(conds, [unique.index(p) for p in prompts])
 
@@ -655,6 +673,14 @@ def take_rows(cond, rows):
         else:
             taken.append(c[to_device(torch.tensor(rows, dtype=torch.long), c.device)])
     return tuple(taken)
+
+
+def placed(cond, device):
+    """What `encode` returned, on that device."""
+    found = []
+    for c in cond:
+        found.append([row.to(device) for row in c] if isinstance(c, list) else c.to(device))
+    return tuple(found)
 
 
 def by_task(batch, everyones):
@@ -1166,6 +1192,7 @@ def parse_args(parser, toy):
             stream.reconfigure(errors="replace")  # a terminal may have no plus-minus sign
     sys.stdout = Unbroken(sys.stdout)
     parser.formatter_class, parser.usage = Help, "%(prog)s [flags]"
+    parser.convert_arg_line_to_args = str.splitlines  # of a @FILE of arguments: an empty line is none
     settings = " ".join(f"{name.replace('_', '-')}={value}" for name, value in toy.items())
     parser.epilog = textwrap.fill(f"Without --model, other defaults: {settings}", 110)
     nothing = argparse.Namespace(**{action.dest: None for action in parser._actions})

@@ -66,7 +66,7 @@ TOY = dict(
 )
 
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 switch = argparse.BooleanOptionalAction
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
@@ -187,6 +187,17 @@ if rank == 0:
     )
 
 
+def pick(step):
+    """The (task, row) pairs of an update, one a group, a pure function of (seed, step): all processes', and
+    this one's. Processes take turns, so each has its part of every task."""
+    picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
+    return picked, picked[rank::world]
+
+
+def prompts_of(step):
+    return [row["prompt"] for _, row in pick(step)[1]]
+
+
 def advantages(rewards, tasks):
     """How much better a picture is than its group, in units of the spread of its task's rewards, within +-5:
     tasks whose rewards have other scales weigh alike. rewards (groups, group size), tasks: one name a group
@@ -304,13 +315,12 @@ progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininte
 for step in range(first_step, args.steps):
     began = time.perf_counter()
 
-    # pick: groups of pictures, one group a prompt. Processes take turns, so each has its part of every task
-    picked = pick_prompts(prompts, shares, args.seed, step, args.batch_size * world, args.schedule)
-    mine = picked[rank::world]
+    # pick: groups of pictures, one group a prompt
+    picked, mine = pick(step)
     batch = [pair for pair in mine for _ in range(args.group_size)]
     numbers = torch.arange(len(picked) * args.group_size).view(-1, args.group_size)  # of all pictures
     gens = generators(args.seed, step, numbers[rank::world].flatten().tolist())
-    conds = model.encode([row["prompt"] for _, row in mine])
+    conds = model.encode_update(prompts_of, step)
     first_noise = randn(gens, shape, device)
     if args.same_noise:
         first_noise = first_noise[:: args.group_size].repeat_interleave(args.group_size, 0)

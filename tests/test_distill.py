@@ -1,5 +1,6 @@
 """distill.py itself: the gradients it computes, whom it asks, and that it learns."""
 
+import collections
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import (
     equal,
     few,
     huge_lora,
+    random_lora,
     read_log,
     run,
     saved,
@@ -285,3 +287,27 @@ def test_every_kind_of_teacher_at_once(checkpointing, loras, tmp_path, gradients
     assert off(gradients[0], two_pass(ns, anchor_weight=0.5)) < 1e-4
     unguided = ns | {"guidance": ns["guidance"] | {"compose": 2.0}}
     assert off(gradients[0], two_pass(unguided, anchor_weight=0.5)) > 0.01
+
+
+def test_many_teachers_from_a_file(tmp_path, numbers_only, monkeypatch):
+    """Sixty-four, a line each; an update asks only those of its prompts, and an empty line is none."""
+    shared = [random_lora(tmp_path / f"lora{i}", i) for i in range(4)]
+    prompts = few("train", 2, tmp_path)[0].partition("=")[2]
+    for name, lines in {
+        "teachers": [f"t{i}={shared[i % 4]}" for i in range(64)],
+        "prompts": [f"t{i}={prompts}" for i in range(64)],
+    }.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(lines) + "\n")
+    asked, velocity = collections.Counter(), SD3.velocity
+
+    def spy(model, x, t, cond, adapter="base", guidance=1.0):
+        asked[adapter] += 1
+        return velocity(model, x, t, cond, adapter, guidance)
+
+    monkeypatch.setattr(SD3, "velocity", spy)
+    flags = dict(batch_size=4, micro_batch_size=4, num_steps=3, resolution=16, steps=1, eval_num_steps=1)
+    flags |= dict(teachers=f"@{tmp_path}/teachers.txt", prompts=f"@{tmp_path}/prompts.txt", compare=[])
+    run("distill.py", **flags, init="none", eval_prompts=[], reward=[], out=tmp_path / "out")
+    learnt = read_log(tmp_path / "out")[-1]
+    tasks = [name.partition("/")[2] for name in learnt if name.startswith("distance/")]
+    assert len(tasks) == 4 and asked == {"student": 2, **dict.fromkeys(tasks, 2)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lora_of, read_json, read_log, refused, run, stock_pictures
+from conftest import distill, equal, lora_of, read_json, read_log, refused, run, saved, stock_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import hub_pipeline, hub_teacher
@@ -151,6 +151,26 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(hub, monkeypatch
     cond = model.encode(["a cup"])
     assert moves == ["the GPU"] * 3 + ["encode"] + ["cpu"] * 3
     assert all(torch.equal(a, b) for a, b in zip(cond, expected, strict=True))
+
+
+def test_prompts_of_many_updates_are_encoded_at_once(hub, monkeypatch):
+    moves, plain = [], SD3(hub["base"])
+    model = SD3(hub["base"], offload=True)
+    monkeypatch.setattr(model, "_move_encoders", moves.append)
+    monkeypatch.setattr(model, "ahead", 3)
+    for step in range(5):
+        prompts = [f"a cup of {step}", "a cup", "a cup"]
+        found = model.encode_update(lambda step: [f"a cup of {step}", "a cup", "a cup"], step)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain.encode(prompts), strict=True))
+        assert len(moves) == (2 if step < 3 else 4)
+
+
+def test_a_run_with_prompts_encoded_ahead_is_the_same(loras, tmp_path, numbers_only):
+    """Also one that resumes between two of its encodings."""
+    distill(loras, tmp_path / "a", steps=3)
+    distill(loras, tmp_path / "b", steps=1, offload_text_encoders=True)
+    distill(loras, tmp_path / "b", steps=3, offload_text_encoders=True, resume="auto")
+    assert equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
 
 
 def test_without_t5(hub, tmp_path):
@@ -317,7 +337,7 @@ FAULTS = {  # part: [(what, change of its tensors, change of its config, the lin
         ("cut", without("layers.1.mlp.fc1"), None, "missing are " + FC1),
         ("more", lambda tensors: tensors | {"nonsense": torch.zeros(1)}, None, "unexpected are nonsense"),
         ("shape", only(FC1, lambda bias: bias[:5]), None, "of another shape are " + FC1),
-        ("quantised", None, {"quantization_config": {"quant_method": "torchao"}}, "a quantised network"),
+        ("quantised", None, {"quantization_config": {"quant_method": "torchao"}}, "a quantized network"),
     ],
     "transformer": [
         ("compiled", before("_orig_mod."), None, "unexpected are _orig_mod."),
@@ -325,7 +345,7 @@ FAULTS = {  # part: [(what, change of its tensors, change of its config, the lin
         ("lost norm", without("norm_q"), None, "missing are transformer_blocks.0.attn.norm_q.weight"),
         ("extra norm", None, {"qk_norm": None}, "unexpected are transformer_blocks.0.attn.norm_added_k"),
         ("shape", only(TO_Q, lambda weight: weight[:5]), None, TO_Q + " expected shape"),
-        ("float8", only("proj_out.weight", float8), None, "a quantised network"),
+        ("float8", only("proj_out.weight", float8), None, "a quantized network"),
         ("nan", only("proj_out.bias", lambda bias: bias * NAN), None, "proj_out.bias has values that are"),
         ("large", only("proj_out.bias", lambda bias: bias.float() + 7e4), None, "not finite (as float16)"),
     ],

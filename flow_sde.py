@@ -399,9 +399,20 @@ class Model:
         return take_rows(conds, [unique.index(p) for p in prompts])
 
     def _move_encoders(self, device):
-        """With --offload-text-encoders they are on the GPU only while they encode."""
-        for _, encoder, _ in text_parts(self.pipe) if self.offload else ():
+        """With --offload-text-encoders they are on the GPU only while they encode; where both do not fit, the
+        transformers are in CPU memory meanwhile."""
+        if not self.offload:
+            return
+        encoders = [encoder for _, encoder, _ in text_parts(self.pipe)]
+        networks = (self.transformer, *self.full.values())
+        if device != "cpu" and free_memory(device) < 1.1 * sum(map(size_of, encoders)):
+            for network in networks:
+                network.to("cpu")
+        for encoder in encoders:
             encoder.to(device)
+        if device == "cpu":
+            for network in networks:
+                network.to(self.device)
 
     def _as_read(self, found, embeds):
         """A result of encode_prompt in the network's data type. No mask means that all tokens count."""
@@ -523,7 +534,7 @@ class Model:
         for key in INPUTS:
             its, ours = network.config.get(key), self.transformer.config.get(key)
             check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
-        size = sum(p.nbytes for p in network.parameters()) / 1e9
+        size = size_of(network) / 1e9
         where = "on all devices together" if self.shard else "on every device"
         say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more {where}")
         if self.shard:
@@ -673,6 +684,19 @@ def take_rows(cond, rows):
         else:
             taken.append(c[to_device(torch.tensor(rows, dtype=torch.long), c.device)])
     return tuple(taken)
+
+
+def size_of(network):
+    """Bytes of its weights on this process's device."""
+    return sum(getattr(p, "_local_tensor", p).nbytes for p in network.parameters())
+
+
+def free_memory(device):
+    """Bytes that are free on a GPU."""
+    if torch.device(device).type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def placed(cond, device):
@@ -1496,6 +1520,7 @@ class Run:
         start = self.resume()
         if self.rank == 0:
             self.log = self.open_log(start)
+            say(f"memory of {held(model, optimizer)}; what a forward saves comes on top")
         if self.args.track:
             flags = {name: masked(str(value)) for name, value in vars(self.args).items()}
             self.accelerator.init_trackers("flow-opd", flags, {"wandb": {"dir": self.out}})
@@ -1615,6 +1640,18 @@ class Run:
             pathlib.Path(self.out, "results.json").unlink(missing_ok=True)
         write(os.path.join(self.out, "args.json"), masked(json.dumps(vars(self.args), indent=1)) + "\n")
         return open(log, "a")  # noqa: SIM115 - for as long as the run lives
+
+
+def held(model, optimizer):
+    """What is on this process's device throughout, in words."""
+    parts = {"transformer": sum(map(size_of, (model.transformer, *model.full.values())))}
+    parts["text encoders"] = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
+    if model.offload:
+        parts["text encoders"] = 0
+    parts["LoRAs"] = sum(p.nbytes for params in model.adapters.values() for p in params)
+    trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    parts["gradient and optimizer"] = 4 * trained
+    return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
 def run_identity(args, processes, files):

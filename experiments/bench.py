@@ -10,6 +10,8 @@ SD3.5-Medium's architecture on a GPU; its second command is one step of an updat
     python experiments/bench.py $sd35m --batch-size 8 --recipe ours two-pass released
     python experiments/bench.py $sd35m --batch-size 8 --gpu-report
 
+What fits on which card, counted in a minute: python experiments/bench.py --what-fits
+
 `ours` is the script itself, watched from outside; flags that are not listed below are handed to it.
 `two-pass` stores the trajectory and walks it again to learn. `released` does so too, with a float32 network
 of its own for every teacher, asked one after another, computing in --dtype under autocast: the ways of the
@@ -79,6 +81,7 @@ add("--dtype", choices=DTYPES, default="float32", help="networks compute in it")
 add("--gradient-checkpointing", action="store_true", help="as distill.py's")
 add("--updates", type=int, default=3, help="timed updates (or steps), after one that is not")
 add("--gpu-report", action="store_true", help="one step of distill.py in many sizes, on a GPU or not")
+add("--what-fits", action="store_true", help="count the published models' memory (see fits.py), no more")
 add("--out", help="JSON file for the figures")
 add("--inside", help=argparse.SUPPRESS)  # the folder of a recipe's own process
 args, handed_on = parser.parse_known_args()
@@ -96,6 +99,14 @@ if args.model not in meter.SIZES:
         die(f"--model {args.model}: only Stable Diffusion 3 is measured here")
 if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
     die(f"--out {args.out}: there is no such folder")
+if args.what_fits:
+    from experiments import fits
+
+    text, figures = fits.table()
+    print(text)
+    if args.out:
+        write_json(args.out, figures)
+    raise SystemExit
 device, dtype = meter.device, getattr(torch, args.dtype)
 
 

@@ -1,6 +1,7 @@
 """Models and teachers as the hub has them, on a tiny pipeline in SD3.5-Medium's folder layout."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -146,11 +147,16 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(hub, monkeypatch
         return encode(*args, **options)
 
     model.device = "the GPU"
+    monkeypatch.setattr("flow_sde.free_memory", lambda device: math.inf)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: moves.append(device))
     monkeypatch.setattr(model.pipe, "encode_prompt", spy)
     cond = model.encode(["a cup"])
-    assert moves == ["the GPU"] * 3 + ["encode"] + ["cpu"] * 3
+    assert moves == ["the GPU"] * 3 + ["encode"] + ["cpu"] * 3 + ["the GPU"]  # the transformer, if it left
     assert all(torch.equal(a, b) for a, b in zip(cond, expected, strict=True))
+    moves.clear()
+    monkeypatch.setattr("flow_sde.free_memory", lambda device: 1000)  # the transformer has to make room
+    model.encode(["a cup"])
+    assert moves == ["cpu"] + ["the GPU"] * 3 + ["encode"] + ["cpu"] * 3 + ["the GPU"]
 
 
 def test_prompts_of_many_updates_are_encoded_at_once(hub, monkeypatch):

@@ -1,0 +1,45 @@
+"""What is counted is what was measured (experiments/README.md, on a GPU)."""
+
+import pytest
+
+from experiments.fits import PUBLISHED, cheapest, count, memory
+
+# --gradient-checkpointing, samples: GB that were allocated on an H200, without T5 and without a CUDA context
+MEASURED = {
+    (False, 1): 11.0,
+    (False, 8): 34.5,
+    (False, 16): 61.2,
+    (True, 1): 8.0,
+    (True, 8): 10.5,
+    (True, 32): 19.1,
+}
+
+
+def test_memory_is_what_an_h200_measured():
+    counted = count("SD3.5-Medium")
+    assert counted["in_blocks"] + counted["elsewhere"] == pytest.approx(2.243, abs=0.001)
+    counted["encoders"] = counted["encoders"][:2]
+    for (checkpointing, samples), expected in MEASURED.items():
+        parts = memory(counted, ["checkpointing"] * checkpointing, samples=samples)
+        assert sum(parts.values()) - 0.5 == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "SD3.5-Medium"])
+def test_every_published_model_is_counted(name):
+    """In billions of parameters, as its makers say."""
+    counted = count(name)
+    size = {"SD3.5-Large": 8.1, "FLUX.1-dev": 11.9, "FLUX.2-klein-base-4B": 3.9, "FLUX.2-dev": 32.2}
+    size |= {"Qwen-Image": 20.4, "Z-Image": 6.2, "SANA-1.6B": 1.6}
+    assert counted["in_blocks"] + counted["elsewhere"] == pytest.approx(size[name], abs=0.06)
+    saved, checkpointed = counted["saved"]
+    assert checkpointed < saved / 5
+
+
+def test_the_cheapest_flags_are_named():
+    counted = dict(in_blocks=10, elsewhere=0, encoders=[1.0], lora=0.01, saved=[10, 1])
+    found = [
+        cheapest(counted, size, cards)
+        for size, cards in ((80, 1), (33, 1), (24.5, 1), (18, 1), (13, 1), (9, 8))
+    ]
+    assert [fits and fits[0] for fits in found] == ["", "O", "C", "C int8", "O C nf4", "C S"]
+    assert cheapest(counted, 5, 1) is None

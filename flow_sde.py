@@ -522,8 +522,9 @@ class Model:
     # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
-        """A LoRA, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
-        folder = transformer_folder(locate(path))
+        """LoRAs, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
+        parts = lora_parts(path)
+        folder = transformer_folder(locate(path)) if parts == [(path, 1.0)] else None
         if not folder:
             return self.load_adapter(name, path, self.dtype)
         library, ours = self.pipe.config["transformer"]
@@ -553,7 +554,7 @@ class Model:
         self.add_adapter(name, lora)
 
     def load_adapter(self, name, path, dtype=torch.float32):
-        """A LoRA from a PEFT folder, a diffusers LoRA file or its folder, or a hub id; see read_lora."""
+        """A LoRA, or several as one: see read_lora."""
         self.add_adapter(name, read_lora(path, self.transformer, type(self.pipe)), path, dtype)
 
     def add_adapter(self, name, lora, source="in training", dtype=torch.float32):
@@ -859,10 +860,26 @@ def skeleton(model):
         return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json"))), pipeline
 
 
-def read_lora(path, network, pipeline):
-    """A LoRA for `network`, the transformer of a diffusers pipeline of class `pipeline`, as {module: (A (r,
-    in), B (out, r), alpha)}, float32 on the CPU. Every tensor in the file is used; otherwise it exits naming
-    the key."""
+def lora_parts(spec):
+    """LORA[,scale=S][+LORA[,scale=S]...] -> [(LORA, S)]; the word base, no LoRA, has none."""
+    if spec == "base":
+        return []
+    if os.path.exists(spec):
+        return [(spec, 1.0)]
+    split = (split_options("LoRA", part, scale=1.0) for part in spec.split("+"))
+    return [(path, options["scale"]) for path, options in split]
+
+
+def read_lora(spec, network, pipeline):
+    """The sum of the LoRAs in spec (see lora_parts), each times its scale, as one: see read_lora_file."""
+    parts = [(read_lora_file(path, network, pipeline), scale) for path, scale in lora_parts(spec)]
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else merge_loras(parts)
+
+
+def read_lora_file(path, network, pipeline):
+    """A LoRA from a PEFT folder, a LoRA file or its folder, or a hub id, for `network`, the transformer of a
+    diffusers pipeline of class `pipeline`, as {module: (A (r, in), B (out, r), alpha)}, float32 on the CPU.
+    Every tensor in the file is used; otherwise it exits naming the key."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
@@ -1254,7 +1271,8 @@ def check_flags(actions, args):
     if given.sde == "cps":
         check(given.noise_level <= 1, f"--noise-level {given.noise_level}: with --sde cps at most 1")
     if getattr(args, "init", None) not in (None, "none", "merge"):
-        locate(args.init)
+        for path, _ in lora_parts(args.init):
+            locate(path)
     if getattr(args, "quantize", None) == "nf4":
         check(importlib.util.find_spec("bitsandbytes"), "--quantize nf4: pip install bitsandbytes")
         check(not args.shard, "--shard: bitsandbytes cannot shard nf4; give --quantize int8, or neither")
@@ -1294,7 +1312,8 @@ def split_options(flag, spec, **options):
     value, found, pattern = spec, dict(options), rf"(.*),({'|'.join(options)})=([^,]*)"
     while options and (match := re.fullmatch(pattern, value, re.DOTALL)):
         value, key, number = match.groups()
-        check(re.fullmatch(r"\d+\.?\d*|\.\d+", number), f"{flag} {spec}: {key} must be a number")
+        form = r"\d+\.?\d*|\.\d+" if key != "scale" else r"-?(\d+\.?\d*|\.\d+)"
+        check(re.fullmatch(form, number), f"{flag} {spec}: {key} must be a number")
         found[key] = float(number)
     return value, found
 
@@ -1793,6 +1812,9 @@ def fingerprint(path):
     counts with the adapter_config.json beside it."""
     if path in CONTENTS:
         return CONTENTS[path]
+    parts = lora_parts(path)
+    if parts != [(path, 1.0)]:
+        return " + ".join(f"{scale:g} x {fingerprint(part)}" for part, scale in parts) or path
     found = path
     if not os.path.exists(path):
         named = HUB_PATH.fullmatch(path)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
-from flow_sde import load_model, locate, quantizer  # model
+from flow_sde import load_model, locate, lora_parts, quantizer  # model
 from flow_sde import StopSignal, check, claim_folder, die, end_processes, fingerprint, first_line  # run
 from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, start_processes
 from flow_sde import write, write_json
@@ -78,7 +78,8 @@ if args.merge:
     complete = args.lora and not args.no_t5
     check(complete, f"--merge {args.merge}: a complete pipeline, so it needs --lora and no --no-t5")
 if args.lora:
-    locate(args.lora)
+    for path, _ in lora_parts(args.lora):
+        locate(path)
 accelerator = start_processes()
 rank, world = accelerator.process_index, accelerator.num_processes
 claim_folder(args.out, accelerator)

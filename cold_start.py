@@ -144,8 +144,8 @@ def delta(lora, n):
 
 def merge():
     claim_folder(out)
-    network, pipeline = skeleton(args.model)
-    loras = [(read_lora(teachers[task]["value"], network, pipeline), share) for task, share in shares.items()]
+    network = skeleton(args.model)
+    loras = [(read_lora(teachers[task]["value"], network), share) for task, share in shares.items()]
     exact = merge_loras(loras)
     merged = exact
     if args.method == "svd":

@@ -170,7 +170,7 @@ if args.init == "merge" or args.compare:
     check(not full, f"--init merge, --compare: {full} is a full fine-tune; only LoRAs can be merged")
     loras = {}
     for task, teacher in teachers.items():
-        loras[task] = read_lora(teacher["value"], model.transformer, type(model.pipe))
+        loras[task] = read_lora(teacher["value"], model.transformer)
     total = sum(shares.values())
 if args.init == "merge":
     model.add_adapter("student", merge_loras([(loras[task], shares[task] / total) for task in teachers]))

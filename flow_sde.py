@@ -555,7 +555,7 @@ class Model:
 
     def load_adapter(self, name, path, dtype=torch.float32):
         """A LoRA, or several as one: see read_lora."""
-        self.add_adapter(name, read_lora(path, self.transformer, type(self.pipe)), path, dtype)
+        self.add_adapter(name, read_lora(path, self.transformer), path, dtype)
 
     def add_adapter(self, name, lora, source="in training", dtype=torch.float32):
         """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}: it adds alpha/r B A to a weight."""
@@ -851,13 +851,13 @@ def linear_layers(network):
 
 
 def skeleton(model):
-    """What a LoRA must fit: a pipeline's transformer, on the meta device, and the pipeline's class."""
+    """What a LoRA must fit: a pipeline's transformer, on the meta device."""
     import diffusers
 
-    folder, pipeline, index = pipeline_folder(model, only=["transformer/config.json"])
+    folder, _, index = pipeline_folder(model, only=["transformer/config.json"])
     with torch.device("meta"):
         kind = getattr(diffusers, index["transformer"][1])
-        return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json"))), pipeline
+        return kind.from_config(read_json(os.path.join(folder, "transformer", "config.json")))
 
 
 def lora_parts(spec):
@@ -870,16 +870,16 @@ def lora_parts(spec):
     return [(path, options["scale"]) for path, options in split]
 
 
-def read_lora(spec, network, pipeline):
+def read_lora(spec, network):
     """The sum of the LoRAs in spec (see lora_parts), each times its scale, as one: see read_lora_file."""
-    parts = [(read_lora_file(path, network, pipeline), scale) for path, scale in lora_parts(spec)]
+    parts = [(read_lora_file(path, network), scale) for path, scale in lora_parts(spec)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else merge_loras(parts)
 
 
-def read_lora_file(path, network, pipeline):
-    """A LoRA from a PEFT folder, a LoRA file or its folder, or a hub id, for `network`, the transformer of a
-    diffusers pipeline of class `pipeline`, as {module: (A (r, in), B (out, r), alpha)}, float32 on the CPU.
-    Every tensor in the file is used; otherwise it exits naming the key."""
+def read_lora_file(path, network):
+    """A LoRA from a PEFT folder, a LoRA file or its folder, or a hub id, for `network`, a diffusers
+    transformer, as {module: (A (r, in), B (out, r), alpha)}, float32 on the CPU. Every tensor in the file is
+    used; otherwise it exits naming the key."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
@@ -894,15 +894,15 @@ def read_lora_file(path, network, pipeline):
         file = found[0]
     header, tensors, layers = read_header(file)[1], load_file(file), linear_layers(network)
     config = lora_config(file, header, tensors)
-    halves, alphas, strange = lora_halves(tensors, layers)
-    if strange and not any("dora" in key or "magnitude" in key for key in strange):
-        try:  # diffusers converts some layouts of other programs; it would drop DoRA's part
-            halves, alphas, strange = lora_halves(pipeline.lora_state_dict(dict(tensors)), layers)
-        except Exception as error:
-            strange.append(f"diffusers: {first_line(error)}")
-    if strange or not halves:
-        what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model: {listing(strange)}"
-        die(f"{path}: {what}. OneTrainer's convert_model.py makes diffusers' layout of other programs'")
+    for part, method in OTHER_METHODS.items():
+        keys = [key for key in tensors if part in key]
+        check(not keys, f"{path}: {method}; only plain LoRAs are read: {listing(keys)}")
+    keys = [key for key in tensors if key.startswith(("lora_te", "text_encoder"))]
+    what = f"{len(keys)} keys are for text encoders, which stay the base's here: {listing(keys)}"
+    check(not keys, f"{path}: {what}. A copy of the file without them is read")
+    halves, alphas, strange = lora_halves(tensors, network)
+    what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model: {listing(strange)}"
+    check(halves and not strange, f"{path}: {what}")
 
     default = None  # alpha
     if config is None:
@@ -977,26 +977,35 @@ def lora_config(file, header, keys):
         die(f"{source}: not the settings of a LoRA ({first_line(error)})")
 
 
+OTHER_METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "dora_scale": "DoRA", "magnitude": "DoRA"}
 LORA_KEY = re.compile(  # PEFT's and diffusers' names, and those of programs that write a module's dots as _
     r"(?:transformer\.|diffusion_model\.|lora_transformer_|lora_unet_|lycoris_)?(?:base_model\.model\.)?(.+?)"
-    r"\.(?:(lora_A|lora_down|lora\.down)|(lora_B|lora_up|lora\.up)|alpha)(?:\.default)?(?:\.weight)?"
+    r"\.(?:(lora_A|lora_down|lora\.down|down)|(lora_B|lora_up|lora\.up|up)|alpha)(?:\.default)?(?:\.weight)?"
 )
 
 
-def lora_halves(tensors, layers):
+def lora_halves(tensors, network):
     """({module: (A, B)}, {module: alpha}, [keys that belong to neither]) of a LoRA file's tensors."""
-    with_underscores = {n.replace(".", "_"): n for n in layers}
+    from layouts import original
+
+    ours = {n.replace(".", "_"): [n] for n in linear_layers(network)}
+    theirs = {name.replace(".", "_"): places for name, places in original.names(network).items()}
     halves, alphas, strange = {}, {}, []
     for key, tensor in tensors.items():
-        name, down, up = LORA_KEY.fullmatch(key).groups() if LORA_KEY.fullmatch(key) else (None, None, None)
-        n = with_underscores.get(name, name)
-        kind = "A" if down else "B" if up else "alpha"
-        if n not in layers or kind in halves.get(n, ()) or kind == "alpha" and tensor.numel() != 1:
+        name, down, up = LORA_KEY.fullmatch(key).groups() if LORA_KEY.fullmatch(key) else ("", None, None)
+        kind, flat = "A" if down else "B" if up else "alpha", name.replace(".", "_")
+        places = ours.get(flat) or theirs.get(flat, [])
+        taken = any(n in alphas if kind == "alpha" else kind in halves.get(n, ()) for n in places)
+        if not places or taken or kind == "alpha" and tensor.numel() != 1:
             strange.append(key)
         elif kind == "alpha":
-            alphas[n] = tensor.item()
+            alphas |= dict.fromkeys(places, tensor.item())
         else:
-            halves.setdefault(n, {})[kind] = tensor.float()
+            pieces = [tensor] * len(places)
+            if kind == "B" and flat not in ours:
+                pieces = original.parts(tensor, places, network)
+            for n, piece in zip(places, pieces, strict=True):
+                halves.setdefault(n, {})[kind] = piece.float()
     strange += [f"{n} (only lora_{'/'.join(half)})" for n, half in halves.items() if len(half) == 1]
     strange += [f"{n} (only alpha)" for n in alphas if n not in halves]
     return {n: (half["A"], half["B"]) for n, half in halves.items() if len(half) == 2}, alphas, strange

@@ -35,7 +35,7 @@ TOY_PROMPTS = [
 parser = argparse.ArgumentParser(description=__doc__)
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id; without it, the toy and its settings")
-add("--lora", help="a LoRA in PEFT or diffusers layout")
+add("--lora", help="a LoRA: PEFT's, diffusers' or another program's (README: files it takes)")
 add("--prompt", nargs="+", metavar="TEXT", help="prompts")
 add("--prompts", nargs="+", metavar="[TASK=]FILE", help="more prompts; with TASK=, only the task's lines")
 add("--num-images", type=int, default=4, help="pictures per prompt")

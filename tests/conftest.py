@@ -256,7 +256,7 @@ def lora_of(path, base=BASE):
     """A LoRA for that base as {module: (A, B, alpha)}."""
     from flow_sde import read_lora, skeleton
 
-    return read_lora(str(path), *skeleton(str(base)))
+    return read_lora(str(path), skeleton(str(base)))
 
 
 def saved(out):

@@ -8,12 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import BASE, lora_of, random_lora, read_json, refused, run, stock_pictures
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +21,6 @@ from flow_sde import (
     merge_loras,
     merge_ties,
     randn,
-    read_lora,
     save_lora,
     take_rows,
     update_average,
@@ -561,56 +555,3 @@ def test_alpha_where_files_have_it(header, beside, alpha, loras, tmp_path, capsy
     assert {a for *_, a in found.values()} == {alpha}
     assert all(torch.equal(found[n][0], lora[n][0]) for n in lora)
     assert ("does not give its alpha" in capsys.readouterr().out) == (alpha == 4)
-
-
-def in_layout(lora, layout):
-    """The tensors of a LoRA as OneTrainer or ComfyUI write them."""
-    tensors = {}
-    for n, (A, B, _) in lora.items():
-        if layout == "comfy":
-            tensors |= {f"diffusion_model.{n}.lora_{kind}.weight": w for kind, w in (("A", A), ("B", B))}
-            continue
-        flat = "lora_transformer_" + n.replace(".", "_")
-        tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B}
-        tensors[f"{flat}.alpha"] = torch.tensor(2.0)
-    return tensors
-
-
-@pytest.mark.parametrize("layout, alpha", [("onetrainer", 2), ("comfy", 4)])
-def test_layouts_of_other_programs(layout, alpha, loras, tmp_path):
-    lora, file = lora_of(loras["ocr"]), tmp_path / "x.safetensors"
-    save_file(in_layout(lora, layout), file)
-    found = lora_of(file)
-    for n, (A, B, _) in lora.items():
-        assert torch.equal(found[n][0], A) and torch.equal(found[n][1], B) and found[n][2] == alpha
-
-
-@pytest.mark.parametrize(
-    "key, message",
-    [
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "OneTrainer's convert_model.py"),
-        ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "OneTrainer's convert_model.py"),
-        ("lora_transformer_transformer_blocks_0_attn_to_q.dora_scale", "dora_scale"),
-    ],
-)
-def test_layouts_that_cannot_be_read_are_refused(key, message, loras, tmp_path):
-    """The original network's names, with fused projections, are not what diffusers converts for SD3."""
-    fine = in_layout(lora_of(loras["ocr"]), "onetrainer") if "dora" in key else {}
-    save_file(fine | {key: torch.zeros(4, 96)}, tmp_path / "x.safetensors")
-    with pytest.raises(SystemExit, match=message):
-        lora_of(tmp_path / "x.safetensors")
-
-
-def test_fused_projections_where_diffusers_converts_them(tmp_path):
-    """FLUX, in kohya's names."""
-    with torch.device("meta"):
-        size = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
-        network = FluxTransformer2DModel(**size)
-    A, B, front = torch.randn(4, 32), torch.randn(96, 4), "lora_unet_double_blocks_0_img_attn_qkv."
-    tensors = {front + "lora_down.weight": A, front + "lora_up.weight": B, front + "alpha": torch.tensor(2.0)}
-    save_file(tensors, tmp_path / "x.safetensors")
-    found = read_lora(str(tmp_path / "x.safetensors"), network, FluxPipeline)
-    assert set(found) == {f"transformer_blocks.0.attn.to_{k}" for k in "qkv"}
-    for k, rows in zip("qkv", B.split(32)):
-        expected = 0.5 * rows.double() @ A.double()
-        assert torch.allclose(delta(found, f"transformer_blocks.0.attn.to_{k}"), expected, atol=1e-5)

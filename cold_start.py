@@ -24,7 +24,7 @@ from tqdm import tqdm
 # isort: off
 from flow_sde import WEIGHTINGS, generators, randn, rollout, step_weights, training_sigmas
 from flow_sde import update_average, velocity_distance
-from flow_sde import by_task, load_model, merge_loras, read_lora, save_lora, skeleton, take_rows
+from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, skeleton, take_rows
 from flow_sde import TOY_DIR, Run, check, claim_folder, descend, load_prompts, parse_args
 from flow_sde import parse_specs, parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given, write_json
 # isort: on
@@ -55,7 +55,10 @@ add("--model", help="diffusers folder or hub id of the base; without it, the toy
 add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add = parser.add_argument_group("merge").add_argument
-add("--method", choices=["cat", "svd", "factors"], default="cat", help="exact; best at --rank; by factors")
+METHODS = ["cat", "svd", "factors", "ties", "dare_ties"]
+add("--method", choices=METHODS, default="cat", help="average, exact or by SVD at --rank or of factors; TIES")
+add("--scale", type=float, default=1, help="times that; the number of teachers makes an average their sum")
+add("--density", type=float, default=0.3, help="of ties and dare_ties: the share of entries kept")
 add("--rank", type=int, default=32, help="of svd, and of sft's untrained LoRA (paper: 32)")
 add = parser.add_argument_group("sft").add_argument
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt or .jsonl)")
@@ -92,14 +95,17 @@ args = parse_args(parser, TOY)
 # -- checks, before anything slow ----------------------------------------------------------------------------
 out = args.out or os.path.join("out", args.mode)
 if args.mode == "merge":
-    own = {"mode", "model", "teachers", "out", "method", "rank"}
+    own = {"mode", "model", "teachers", "out", "method", "rank", "scale", "density"}
     refuse_given(parser, sorted(parser.given - own), "only for sft")
     check(args.teachers, "--model needs --teachers TASK=LORA with it")
     teachers = parse_specs("--teachers", args.teachers, guidance=args.guidance, weight=1.0)
     if args.method != "svd":
         refuse_given(parser, ("rank",), f"--method {args.method} has its own rank")
+    if "ties" not in args.method:
+        refuse_given(parser, ("density",), "only for --method ties and dare_ties")
+    check(0 < args.density <= 1, f"--density {args.density}: must be above 0 and at most 1")
 else:
-    refuse_given(parser, ("method",), "only for merge")
+    refuse_given(parser, ("method", "scale", "density"), "only for merge")
     teachers, prompt_files = parse_tasks(args, guidance=args.guidance, weight=1.0)
     if args.init:
         refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
@@ -152,14 +158,19 @@ def merge():
         merged = truncated(exact, args.rank)
     elif args.method == "factors":
         merged = average_factors(loras)
+    elif args.method != "cat":
+        merged = merge_ties([lora for lora, _ in loras], args.density, args.method)
     error = sum((delta(merged, n) - delta(exact, n)).square().sum().item() for n in exact)
     size = sum(delta(exact, n).square().sum().item() for n in exact)
     check(size > 0, "--teachers: the average of these LoRAs changes nothing; are they untrained?")
     error, rank = math.sqrt(error / size), max(len(A) for A, _, _ in merged.values())
+    if args.scale != 1:
+        merged = merge_loras([(merged, args.scale)])
     save_lora(merged, os.path.join(out, "lora"))
-    about = {"method": args.method, "relative_error": error, "teachers": list(teachers), "rank": rank}
+    about = {"method": args.method, "scale": args.scale, "teachers": list(teachers), "rank": rank}
+    about["relative_error"] = error  # against the exact average, before the scale, in the Frobenius norm
     write_json(os.path.join(out, "results.json"), about)
-    result = f"rank {rank}; relative Frobenius error {error:.1e}: {out}/lora"
+    result = f"rank {rank}; {error:.1e} of its norm from the exact average: {out}/lora"
     print(f"merged {', '.join(teachers)} by {args.method} into {result}")
 
 

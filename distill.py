@@ -44,7 +44,7 @@ from flow_sde import step_weights, training_sigmas, transition, update_average, 
 from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, take_rows
 from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, listing, load_prompts, parse_args
 from flow_sde import parse_specs, parse_tasks, pick_prompts, plot_curves, reduce_sum, refuse_given
-from flow_sde import save_grid, split_options, write_json
+from flow_sde import save_grid, split_options, write_card, write_json
 from rewards import check_rewards, evaluate, markdown, parse_rewards, release_models, rewards_of
 # isort: on
 
@@ -73,6 +73,7 @@ TOY = dict(
     eval_every=20,
 )
 
+MERGES = ["sum", "ties", "dare_ties"]
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
@@ -118,7 +119,7 @@ add("--seed", type=int, default=0, help="of everything drawn")
 add("--eval-prompts", nargs="*", metavar="TASK=FILE", help="of the table at the end; none: no table")
 add("--reward", nargs="*", metavar="NAME", help="of the table; none with no --eval-prompts")
 add("--reward-option", nargs="+", metavar="NAME.KEY=VALUE", help="a reward's own settings")
-add("--compare", nargs="*", default=[], choices=["sum", "ties"], help="merges to show beside the student")
+add("--compare", nargs="*", default=[], choices=MERGES, help="merges to show beside the student")
 add("--eval-every", type=int, default=50, help="rollouts between curves and grids")
 add("--eval-num-steps", type=int, default=40, help="sampling steps of grids and table (paper: 40)")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward of grids and table")
@@ -178,10 +179,11 @@ elif args.init == "none":
     model.new_adapter("student", args.rank, args.alpha, args.seed)
 else:
     model.load_adapter("student", args.init)
-if "sum" in args.compare:
-    model.add_adapter("sum", merge_loras([(lora, 1.0) for lora in loras.values()]))
-if "ties" in args.compare:
-    model.add_adapter("ties", merge_ties(list(loras.values()), density=0.3))
+for merge in args.compare:
+    if merge == "sum":
+        model.add_adapter(merge, merge_loras([(lora, 1.0) for lora in loras.values()]))
+    else:
+        model.add_adapter(merge, merge_ties(list(loras.values()), density=0.3, method=merge))
 model.copy_adapter("student", "start")
 model.copy_adapter("student", "ema")
 params, ema = model.train_adapter("student"), model.adapters["ema"]
@@ -426,7 +428,7 @@ progress.close()
 # -- the student and its table -------------------------------------------------------------------------------
 if not run.stopping():
     draw_grid()
-stopped = run.stopping()
+stopped, table = run.stopping(), None
 if rank == 0:
     plot_curves(args.out)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
@@ -455,6 +457,10 @@ if rewards and not stopped:
             row["scores"]["gap closed"] = sum(closed) / len(closed)
     if rank == 0:
         write_json(os.path.join(args.out, "results.json"), results)
-        print(markdown(results))
+        table = markdown(results)
+        print(table)
+if rank == 0 and not stopped:
+    student_rank = max(len(A) for A, _, _ in model.lora("ema").values())
+    write_card(os.path.join(args.out, "lora"), args, teachers, prompt_files, student_rank, table)
 how = "stopped (--resume auto continues)" if stopped else "done"
 run.end(f"{how}: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")

@@ -30,6 +30,7 @@ import pathlib
 import re
 import shutil
 import signal
+import string
 import sys
 import textwrap
 import threading
@@ -1060,17 +1061,20 @@ def merge_loras(parts):
     return merged
 
 
-def merge_ties(loras, density):
+def merge_ties(loras, density, method="ties"):
     """TIES (arXiv 2306.01708) of LoRAs' weight deltas, as peft's add_weighted_adapter with "ties_svd" and
     weights 1: keep the largest `density` of each delta, give every entry the sign of the deltas' sum, average
-    those that have it, and take the best LoRA of the largest rank among them."""
-    from peft.utils.merge_utils import ties
+    those that have it, and take the best LoRA of the largest rank among them. method "dare_ties": keep random
+    ones, divided by the density (arXiv 2311.03099), and sum."""
+    from peft.utils import merge_utils
 
-    merged = {}
+    torch.manual_seed(0)
+    merged, combine = {}, getattr(merge_utils, method)
     for n in dict.fromkeys(n for lora in loras for n in lora):
         its = [lora[n] for lora in loras if n in lora]
         deltas = [alpha / len(A) * B @ A for A, B, alpha in its]
-        U, S, Vh = torch.linalg.svd(ties(deltas, torch.ones(len(its), device=deltas[0].device), density))
+        weights = torch.ones(len(its), device=deltas[0].device)
+        U, S, Vh = torch.linalg.svd(combine(deltas, weights, density))
         rank = max(len(A) for A, _, _ in its)
         root = S[:rank].sqrt()
         merged[n] = root[:, None] * Vh[:rank], U[:, :rank] * root, rank
@@ -1342,7 +1346,7 @@ def parse_specs(flag, specs, **options):
     return found
 
 
-TAKEN = ("base", "student", "start", "ema", "anchor", "none", "sum", "ties")
+TAKEN = ("base", "student", "start", "ema", "anchor", "none", "sum", "ties", "dare_ties")
 
 
 def parse_tasks(args, **options):
@@ -1682,6 +1686,30 @@ def held(model, optimizer):
     return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
+def write_card(folder, args, teachers, prompt_files, rank, table):
+    """README.md beside a distilled LoRA, a model card for the hub, from assets/card.md; with the run's grid.
+    table: Markdown, if there is one."""
+    rows = []
+    for task, teacher in teachers.items():
+        share = f"{teacher['weight']:g}"
+        cells = [task, card_name(teacher["value"]), f"{teacher['guidance']:g}", share]
+        rows.append("| " + " | ".join([*cells, os.path.basename(prompt_files[task])]) + " |")
+    values = dict(base=card_name(args.model), title=os.path.basename(os.path.realpath(args.out)))
+    values |= dict(teachers="\n".join(rows), results=table or "", rank=rank, batch=args.batch_size)
+    values |= dict(guidance=f"guidance {args.guidance:g}", resolution=args.resolution)
+    values |= dict(steps=args.steps, lr=f"{args.lr:g}", seed=args.seed)
+    template = pathlib.Path(HERE, "assets/card.md").read_text(encoding="utf-8")
+    write(os.path.join(folder, "README.md"), string.Template(template).substitute(values))
+    grid = os.path.join(args.out, "samples.png")
+    if os.path.exists(grid):
+        shutil.copy(grid, folder)
+
+
+def card_name(path):
+    """A hub id as it is; of a local path the last folder's name."""
+    return os.path.basename(os.path.realpath(path)) if os.path.exists(path) else path
+
+
 def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
     free = {"steps", "out", "resume", "track", "save_every", "keep", "compile"}
@@ -1837,7 +1865,7 @@ def fingerprint(path):
     files, beside = [path], os.path.join(os.path.dirname(path), "adapter_config.json")
     if os.path.isdir(path):
         inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
-        files = sorted(filter(os.path.isfile, inside))
+        files = sorted(file for file in filter(os.path.isfile, inside) if not file.endswith((".md", ".png")))
     elif path.endswith(".safetensors") and os.path.exists(beside):
         files.append(beside)
     hashes = "".join(f"{os.path.relpath(file, path)} {file_hash(file)}\n" for file in files)

@@ -16,6 +16,7 @@ from flow_sde import (
     SD3,
     LoRA,
     by_task,
+    fingerprint,
     generators,
     linear_layers,
     merge_loras,
@@ -371,7 +372,8 @@ def test_merge_is_the_exact_weighted_sum_of_deltas():
     assert len(merged["x"][0]) == 6 and torch.allclose(delta(merged, "x"), expected, atol=1e-5)
 
 
-def test_ties_is_pefts(tmp_path):
+@pytest.mark.parametrize("method, density", [("ties", 0.5), ("dare_ties", 1.0)])  # DARE draws, below 1
+def test_ties_is_pefts(method, density, tmp_path):
     """Of LoRAs of other ranks, alphas and layers."""
     settings = {
         "a": dict(r=4, lora_alpha=8, target_modules=["to_q", "to_k"]),
@@ -385,9 +387,9 @@ def test_ties_is_pefts(tmp_path):
             peft = PeftModel.from_pretrained(SD3(BASE).transformer, folder, adapter_name=name)
         else:
             peft.load_adapter(folder, adapter_name=name)
-    how = dict(adapter_name="ties", combination_type="ties_svd", svd_rank=4, density=0.5)
+    how = dict(adapter_name="ties", combination_type=f"{method}_svd", svd_rank=4, density=density)
     peft.add_weighted_adapter(list(settings), [1.0] * 3, **how)
-    merged = merge_ties([lora_of(tmp_path / name) for name in settings], density=0.5)
+    merged = merge_ties([lora_of(tmp_path / name) for name in settings], density, method)
     assert len(merged) == 3 * len(peft.base_model.model.transformer_blocks)
     for n in merged:
         layer = peft.base_model.model.get_submodule(n)
@@ -555,3 +557,39 @@ def test_alpha_where_files_have_it(header, beside, alpha, loras, tmp_path, capsy
     assert {a for *_, a in found.values()} == {alpha}
     assert all(torch.equal(found[n][0], lora[n][0]) for n in lora)
     assert ("does not give its alpha" in capsys.readouterr().out) == (alpha == 4)
+
+
+def test_a_lora_with_a_scale_and_several_as_one(loras, tmp_path):
+    """LORA,scale=S+LORA: wherever a LoRA is given; the word base is none."""
+    a, b = loras["ocr"], loras["scene"]
+    found, one, other = lora_of(f"{a},scale=0.5+{b},scale=-1.5"), lora_of(a), lora_of(b)
+    for n in found:
+        assert torch.allclose(delta(found, n), 0.5 * delta(one, n) - 1.5 * delta(other, n), atol=1e-5), n
+    names = {fingerprint(spec) for spec in (str(a), f"{a},scale=0.5", f"{a}+{b}", f"{b}+{a},scale=2")}
+    assert len(names) == 4
+    model, cond = SD3(BASE), None
+    model.load_teacher("rest", "base")
+    model.load_teacher("half", f"{a},scale=0.5")
+    cond, x = model.encode(["a cup"]), torch.randn(1, *model.latent_shape(16))
+    v = {name: model.velocity(x, 0.5, cond, name) for name in ("base", "rest", "half")}
+    assert torch.equal(v["rest"], v["base"]) and not torch.equal(v["half"], v["base"])
+    flags = dict(num_images=1, num_steps=1, resolution=16, prompt="a cup")
+    run("sample.py", **flags, lora=f"{a}+{b}", out=tmp_path / "both")
+    assert "no such LoRA" in refused("sample.py", **flags, lora=f"{a}+nothing", out=tmp_path / "x")
+    assert "scale must be a number" in refused(
+        "sample.py", **flags, lora=f"{a},scale=big", out=tmp_path / "x"
+    )
+
+
+def test_merges_are_scaled(loras, tmp_path):
+    """The average times the number of LoRAs is their sum."""
+    teachers = [f"{task}={loras[task]}" for task in ("ocr", "scene")]
+    run("cold_start.py", "merge", teachers=teachers, scale=2, out=tmp_path / "sum")
+    found, expected = lora_of(tmp_path / "sum/lora"), lora_of(f"{loras['ocr']}+{loras['scene']}")
+    assert all(torch.allclose(delta(found, n), delta(expected, n), atol=1e-5) for n in expected)
+    for method in ("ties", "dare_ties"):
+        run("cold_start.py", "merge", teachers=teachers, method=method, density=0.5, out=tmp_path / method)
+        merged = merge_ties([lora_of(loras[task]) for task in ("ocr", "scene")], 0.5, method)
+        found = lora_of(tmp_path / method / "lora")
+        assert all(torch.allclose(delta(found, n), delta(merged, n), atol=1e-5) for n in merged)
+    assert "only for --method ties" in refused("cold_start.py", "merge", density=0.5, out=tmp_path / "x")

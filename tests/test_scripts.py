@@ -72,6 +72,11 @@ def test_distill_leaves_a_student_and_a_table(loras, tmp_path, monkeypatch):
         own = row["model"].startswith("teachers")
         assert set(row["scores"]) - {"gap closed"} == ({*TASKS} if own else {*TASKS, "quality"})
     assert Image.open(tmp_path / "run/samples.png").width > 300
+    card = (tmp_path / "run/lora/README.md").read_text()
+    assert (
+        "base_model: base\n" in card and "| ocr | ocr | 1 | 1 | ocr_train.txt |" in card and "$" not in card
+    )
+    assert str(tmp_path) not in card and (tmp_path / "run/lora/samples.png").exists()
     monkeypatch.setattr(flow_sde, "plot_curves", lambda out: None)
     monkeypatch.setattr(flow_sde, "draw_rows", lambda *args: None)
     table["eval_prompts"] = table["eval_prompts"][:1]

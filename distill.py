@@ -73,12 +73,14 @@ TOY = dict(
     eval_every=20,
 )
 
+LORAS = "TASK=LORA[,scale=S][+LORA...][,guidance=G][,weight=W]"  # or @FILE with one a line
 MERGES = ["sum", "ties", "dare_ties"]
+
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
-add("--teachers", nargs="+", metavar="TASK=LORA[,guidance=G][,weight=W]", help="W: share of prompts, merge")
+add("--teachers", nargs="+", metavar=LORAS, help="W: share of prompts, merge; base: no LoRA")
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt or .jsonl)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's teacher, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")

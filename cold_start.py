@@ -230,10 +230,6 @@ def pick(step):
     return picked, picked[rank::world]
 
 
-def prompts_of(step):
-    return [row["prompt"] for _, row in pick(step)[1]]
-
-
 # -- sft: the loop -------------------------------------------------------------------------------------------
 progress = tqdm(initial=first_step, total=args.steps, disable=rank != 0, mininterval=1)
 for step in range(first_step, args.steps):
@@ -241,7 +237,7 @@ for step in range(first_step, args.steps):
 
     picked, batch = pick(step)
     gens = generators(args.seed, step, range(rank, len(picked), world))
-    conds = model.encode_update(prompts_of, step)
+    conds = model.encode_update(batch, step, pick)
     distance_sum = kl_sum = torch.zeros((), device=device)
 
     for i in range(0, samples, args.micro_batch_size):

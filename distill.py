@@ -228,10 +228,6 @@ def pick(step):
     return picked, [pair for pair in picked[rank::world] for _ in range(args.group_size)]
 
 
-def prompts_of(step):
-    return [row["prompt"] for _, row in pick(step)[1]]
-
-
 def labelled_steps(step):
     """The times t of this rollout's labelled steps, a pure function of (seed, step): all, or --label-steps of
     them, drawn without repetition by the density of Beta(A, B) at their place in the schedule, from 0 (noise)
@@ -327,7 +323,7 @@ for step in range(first_step, args.steps):
     picked, batch = pick(step)
     numbers = np.arange(len(picked) * args.group_size).reshape(-1, args.group_size)[rank::world].flatten()
     gens = generators(args.seed, step, numbers)
-    conds = model.encode_update(prompts_of, step)
+    conds = model.encode_update(batch, step, pick)
     labelled = labelled_steps(step)
     memory = []  # ppo only: what is learnt when the rollout is done
     distances = torch.zeros(len(targets), label_count, device=device)  # for the log

@@ -375,15 +375,16 @@ class Model:
         self._move_encoders("cpu")
         return conds
 
-    def encode_update(self, prompts_of, step):
-        """What `encode` returns for an update's prompts, prompts_of(step). With --offload-text-encoders those
-        of the next updates are encoded as well, while the encoders are there, and wait in CPU memory."""
+    def encode_update(self, batch, step, pick):
+        """What `encode` returns for the prompts of an update's (task, row) pairs. With
+        --offload-text-encoders those of the next updates, pick(step)[1], are encoded too while the encoders
+        are there, and wait in CPU memory."""
         if not self.offload:
-            return self.encode(prompts_of(step))
+            return self.encode([row["prompt"] for _, row in batch])
         if step not in self.waiting:
             self._move_encoders(self.device)
             for k in range(step, step + self.ahead):
-                self.waiting[k] = placed(self._encode(prompts_of(k)), "cpu")
+                self.waiting[k] = placed(self._encode([row["prompt"] for _, row in pick(k)[1]]), "cpu")
             self._move_encoders("cpu")
         return placed(self.waiting.pop(step), self.device)
 

@@ -194,10 +194,6 @@ def pick(step):
     return picked, picked[rank::world]
 
 
-def prompts_of(step):
-    return [row["prompt"] for _, row in pick(step)[1]]
-
-
 def advantages(rewards, tasks):
     """How much better a picture is than its group, in units of the spread of its task's rewards, within +-5:
     tasks whose rewards have other scales weigh alike. rewards (groups, group size), tasks: one name a group
@@ -320,7 +316,7 @@ for step in range(first_step, args.steps):
     batch = [pair for pair in mine for _ in range(args.group_size)]
     numbers = torch.arange(len(picked) * args.group_size).view(-1, args.group_size)  # of all pictures
     gens = generators(args.seed, step, numbers[rank::world].flatten().tolist())
-    conds = model.encode_update(prompts_of, step)
+    conds = model.encode_update(mine, step, pick)
     first_noise = randn(gens, shape, device)
     if args.same_noise:
         first_noise = first_noise[:: args.group_size].repeat_interleave(args.group_size, 0)

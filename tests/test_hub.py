@@ -160,13 +160,16 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(hub, monkeypatch
 
 
 def test_prompts_of_many_updates_are_encoded_at_once(hub, monkeypatch):
+    def pick(step):
+        return None, [("task", {"prompt": prompt}) for prompt in (f"a cup of {step}", "a cup", "a cup")]
+
     moves, plain = [], SD3(hub["base"])
     model = SD3(hub["base"], offload=True)
     monkeypatch.setattr(model, "_move_encoders", moves.append)
     monkeypatch.setattr(model, "ahead", 3)
     for step in range(5):
         prompts = [f"a cup of {step}", "a cup", "a cup"]
-        found = model.encode_update(lambda step: [f"a cup of {step}", "a cup", "a cup"], step)
+        found = model.encode_update(pick(step)[1], step, pick)
         assert all(torch.equal(a, b) for a, b in zip(found, plain.encode(prompts), strict=True))
         assert len(moves) == (2 if step < 3 else 4)
 

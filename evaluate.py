@@ -36,17 +36,17 @@ from tqdm import tqdm
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
 from flow_sde import load_model, quantizer  # model
-from flow_sde import HERE, StopSignal, check, claim_folder, end_processes, file_hash, fingerprint  # run
-from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, say, start_processes
-from flow_sde import write, write_json
+from flow_sde import HERE, TOY_DIR, StopSignal, check, claim_folder, end_processes, file_hash  # run
+from flow_sde import fingerprint, load_prompts, parse_args, parse_specs, read_json, save_grid, say
+from flow_sde import start_processes, write, write_json
 from rewards import RewardError, Unavailable, check_rewards, encoded, markdown, mean_error, parse_rewards
 from rewards import pil, read_picture, rewards_of, score_batch
 
 TASKS = ("compose", "ocr", "scene")
 TOY = dict(
-    model="toy/base",
-    models=["base"] + [f"{t}=toy/teachers/{t}" for t in (*TASKS, "quality")],
-    tasks=[f"{t}=toy/prompts/{t}_test.txt" for t in TASKS],
+    model=f"{TOY_DIR}/base",
+    models=["base"] + [f"{t}={TOY_DIR}/teachers/{t}" for t in (*TASKS, "quality")],
+    tasks=[f"{t}={TOY_DIR}/prompts/{t}_test.txt" for t in TASKS],
     reward=[f"toy.{t}" for t in (*TASKS, "quality")],
     resolution=32,
     dtype="float32",

@@ -19,12 +19,13 @@ from tqdm import tqdm
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
 from flow_sde import load_model, locate, lora_parts, quantizer  # model
-from flow_sde import StopSignal, check, claim_folder, die, end_processes, fingerprint, first_line  # run
-from flow_sde import load_prompts, parse_args, parse_specs, read_json, save_grid, start_processes
-from flow_sde import write, write_json
+from flow_sde import TOY_DIR, StopSignal, check, claim_folder, die, end_processes, fingerprint  # run
+from flow_sde import first_line, load_prompts, parse_args, parse_specs, read_json, save_grid
+from flow_sde import start_processes, write, write_json
 from rewards import encoded, pil, read_picture
 
-TOY = dict(model="toy/base", resolution=32, dtype="float32", guidance=1.0, num_steps=10, batch_size=32)
+TOY = dict(model=f"{TOY_DIR}/base", resolution=32, dtype="float32", guidance=1.0)
+TOY |= dict(num_steps=10, batch_size=32)
 TOY_PROMPTS = [
     "two red circles and one blue square",
     'a yellow sign saying "HAT"',

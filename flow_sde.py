@@ -526,7 +526,7 @@ class Model:
     def load_teacher(self, name, path):
         """LoRAs, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
         parts = lora_parts(path)
-        folder = transformer_folder(locate(path)) if parts == [(path, 1.0)] else None
+        folder = transformer_folder(locate(path)) if [part for part, _ in parts] == [path] else None
         if not folder:
             return self.load_adapter(name, path, self.dtype)
         library, ours = self.pipe.config["transformer"]
@@ -863,25 +863,28 @@ def skeleton(model):
 
 
 def lora_parts(spec):
-    """LORA[,scale=S][+LORA[,scale=S]...] -> [(LORA, S)]; the word base, no LoRA, has none."""
+    """LORA[,scale=S][,text=0][+LORA...] -> [(LORA, {"scale": S, "text": 0 or 1})]; none for the word base, no
+    LoRA. text=0 leaves out what the file has for text encoders."""
     if spec == "base":
         return []
+    plain = dict(scale=1.0, text=1.0)
     if os.path.exists(spec):
-        return [(spec, 1.0)]
-    split = (split_options("LoRA", part, scale=1.0) for part in spec.split("+"))
-    return [(path, options["scale"]) for path, options in split]
+        return [(spec, plain)]
+    return [split_options("LoRA", part, **plain) for part in spec.split("+")]
 
 
 def read_lora(spec, network):
     """The sum of the LoRAs in spec (see lora_parts), each times its scale, as one: see read_lora_file."""
-    parts = [(read_lora_file(path, network), scale) for path, scale in lora_parts(spec)]
+    parts = []
+    for path, options in lora_parts(spec):
+        parts.append((read_lora_file(path, network, options["text"]), options["scale"]))
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else merge_loras(parts)
 
 
-def read_lora_file(path, network):
+def read_lora_file(path, network, text=True):
     """A LoRA from a PEFT folder, a LoRA file or its folder, or a hub id, for `network`, a diffusers
     transformer, as {module: (A (r, in), B (out, r), alpha)}, float32 on the CPU. Every tensor in the file is
-    used; otherwise it exits naming the key."""
+    used, but for text encoders' without `text`; otherwise it exits naming the key."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
@@ -901,7 +904,8 @@ def read_lora_file(path, network):
         check(not keys, f"{path}: {method}; only plain LoRAs are read: {listing(keys)}")
     keys = [key for key in tensors if key.startswith(("lora_te", "text_encoder"))]
     what = f"{len(keys)} keys are for text encoders, which stay the base's here: {listing(keys)}"
-    check(not keys, f"{path}: {what}. A copy of the file without them is read")
+    check(not keys or not text, f"{path}: {what}; {path},text=0 leaves them out")
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in keys}
     halves, alphas, strange = lora_halves(tensors, network)
     what = f"{len(strange)} keys belong to no LoRA of a linear layer in this model: {listing(strange)}"
     check(halves and not strange, f"{path}: {what}")
@@ -1851,8 +1855,8 @@ def fingerprint(path):
     if path in CONTENTS:
         return CONTENTS[path]
     parts = lora_parts(path)
-    if parts != [(path, 1.0)]:
-        return " + ".join(f"{scale:g} x {fingerprint(part)}" for part, scale in parts) or path
+    if [part for part, _ in parts] != [path]:
+        return " + ".join(f"{fingerprint(part)} {options}" for part, options in parts) or path
     found = path
     if not os.path.exists(path):
         named = HUB_PATH.fullmatch(path)

@@ -238,3 +238,13 @@ def test_what_would_be_left_out_is_refused(key, message, load, tmp_path):
     tensors, _ = file_of(FUSED["sd3"], network, 1.5, THEIRS["kohya, musubi, OneTrainer"])
     with pytest.raises(SystemExit, match=message):
         read(tensors | {key: torch.zeros(1)}, network, tmp_path)
+
+
+def test_text_encoders_keys_can_be_left_out(load, tmp_path):
+    network = load("sd3").transformer
+    tensors, _ = file_of(FUSED["sd3"], network, 1.5, THEIRS["kohya, musubi, OneTrainer"])
+    without = read(tensors, network, tmp_path)
+    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"
+    save_file(tensors | {key: torch.zeros(1)}, tmp_path / "with_text.safetensors")
+    found = read_lora(f"{tmp_path}/with_text.safetensors,text=0", network)
+    assert found.keys() == without.keys() and all(torch.equal(found[n][1], without[n][1]) for n in found)

@@ -47,13 +47,13 @@ TOY = dict(
     save_every=20,
 )
 
-LORAS = "TASK=LORA[,scale=S][+LORA...][,guidance=G][,weight=W]"  # or @FILE with one a line
+LORAS = "or @FILE, one a line; LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("mode", nargs="?", choices=["merge", "sft"], default="merge", help="average, or learn from, the teachers")
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
-add("--teachers", nargs="+", metavar=LORAS, help="W: share of prompts, merge; base: no LoRA")
+add("--teachers", nargs="+", metavar="TASK=LORA", help=LORAS)
 add("--out", help="folder of the run (default: out/merge or out/sft)")
 add = parser.add_argument_group("merge").add_argument
 METHODS = ["cat", "svd", "factors", "ties", "dare_ties"]

@@ -73,14 +73,14 @@ TOY = dict(
     eval_every=20,
 )
 
-LORAS = "TASK=LORA[,scale=S][+LORA...][,guidance=G][,weight=W]"  # or @FILE with one a line
+LORAS = "or @FILE, one a line; LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
 MERGES = ["sum", "ties", "dare_ties"]
 
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the toy and its settings")
-add("--teachers", nargs="+", metavar=LORAS, help="W: share of prompts, merge; base: no LoRA")
+add("--teachers", nargs="+", metavar="TASK=LORA", help=LORAS)
 add("--prompts", nargs="+", metavar="TASK=FILE", help="every task's prompts (.txt or .jsonl)")
 add("--anchor", default="none", metavar="LORA[,guidance=G]", help="MAR's teacher, `base`, or `none`: no MAR")
 add("--anchor-weight", type=float, default=0.02, help="lambda of MAR (paper: 0.02)")
@@ -130,6 +130,8 @@ add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
+if "teachers" in parser.given and "eval_prompts" not in parser.given:
+    args.eval_prompts, args.reward = None, args.reward if "reward" in parser.given else None  # not the toy's
 
 # -- checks, before anything slow (a reader of the algorithm may skip them) ----------------------------------
 teachers, prompt_files = parse_tasks(args, guidance=args.guidance, weight=1.0)
@@ -459,6 +461,6 @@ if rewards and not stopped:
         print(table)
 if rank == 0 and not stopped:
     student_rank = max(len(A) for A, _, _ in model.lora("ema").values())
-    write_card(os.path.join(args.out, "lora"), args, teachers, prompt_files, student_rank, table)
+    write_card(os.path.join(args.out, "lora"), args, teachers, prompts, student_rank, table)
 how = "stopped (--resume auto continues)" if stopped else "done"
 run.end(f"{how}: {args.out}/lora (also log.jsonl, curves.png, samples.png, checkpoints/)")

@@ -1557,18 +1557,24 @@ def held(model, optimizer):
     return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
-def write_card(folder, args, teachers, prompt_files, rank, table):
+def write_card(folder, args, teachers, prompts, rank, table):
     """README.md beside a distilled LoRA, a model card for the hub, from assets/card.md; with the run's grid.
     table: Markdown, if there is one."""
-    rows = []
+    rows, total = [], sum(teacher["weight"] for teacher in teachers.values())
+    examples = {task: rows_of[0]["prompt"].replace("|", r"\|") for task, rows_of in prompts.items()}
     for task, teacher in teachers.items():
-        share = f"{teacher['weight']:g}"
-        cells = [task, card_name(teacher["value"]), f"{teacher['guidance']:g}", share]
-        rows.append("| " + " | ".join([*cells, os.path.basename(prompt_files[task])]) + " |")
+        cells = [
+            task,
+            card_name(teacher["value"]),
+            f"{teacher['guidance']:g}",
+            f"{teacher['weight'] / total:.0%}",
+        ]
+        rows.append("| " + " | ".join([*cells, examples[task]]) + " |")
     values = dict(base=card_name(args.model), title=os.path.basename(os.path.realpath(args.out)))
-    values |= dict(teachers="\n".join(rows), results=table or "", rank=rank, batch=args.batch_size)
-    values |= dict(guidance=f"guidance {args.guidance:g}", resolution=args.resolution)
+    values |= dict(teachers="\n".join(rows), results=f"\n{table}\n" if table else "", rank=rank)
+    values |= dict(guidance=f"guidance {args.guidance:g}", resolution=args.resolution, batch=args.batch_size)
     values |= dict(steps=args.steps, lr=f"{args.lr:g}", seed=args.seed)
+    values |= dict(prompt=json.dumps(next(iter(prompts.values()))[0]["prompt"], ensure_ascii=False))
     template = pathlib.Path(HERE, "assets/card.md").read_text(encoding="utf-8")
     write(os.path.join(folder, "README.md"), string.Template(template).substitute(values))
     grid = os.path.join(args.out, "samples.png")
@@ -1576,9 +1582,13 @@ def write_card(folder, args, teachers, prompt_files, rank, table):
         shutil.copy(grid, folder)
 
 
-def card_name(path):
-    """A hub id as it is; of a local path the last folder's name."""
-    return os.path.basename(os.path.realpath(path)) if os.path.exists(path) else path
+def card_name(spec):
+    """LoRAs, or a model, for a stranger: of local paths only the last name; hub ids as they are."""
+    names = []
+    for path, options in lora_parts(spec):
+        name = os.path.basename(os.path.realpath(path)) if os.path.exists(path) else path
+        names.append(name if options["scale"] == 1 else f"{options['scale']:g} x {name}")
+    return " + ".join(names) or spec
 
 
 def run_identity(args, processes, files):

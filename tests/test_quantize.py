@@ -80,6 +80,7 @@ def keep_none(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_is_that_of_its_dense_weight(how, dtype):
     """Forward and backward, in training and not, compiled and not. float16 takes what a dense layer takes."""
+    torch._dynamo.reset()  # it counts what other tests compiled
     layer, quantized = layer_of(how, dtype)
     layer.weight.copy_(dense_weight(quantized))
     x = (200 * torch.randn(2, 5, 96)).to(dtype).requires_grad_()

@@ -287,7 +287,7 @@ def draw_all():
     """Draw the missing pictures and pass them to the thread that writes them."""
     writer, written = ThreadPoolExecutor(1), []
     for job in jobs:
-        if stop.arrived(device) if args.shard else stop.name:
+        if stop.told(device, args.shard):
             break
         pictures = None
         if job.missing:

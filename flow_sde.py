@@ -224,6 +224,15 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.dim, self.weight, self.eps)
 
 
+def fuse_norms(network):
+    """Make diffusers' RMS norms of a network these."""
+    from diffusers.models import normalization
+
+    for module in network.modules():
+        if type(module) is normalization.RMSNorm and module.bias is None:
+            module.__class__ = RMSNorm
+
+
 # What a transformer's config says of the inputs it takes.
 INPUTS = ["in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim", "pos_embed_max_size"]
 INPUTS += ["guidance_embeds", "cap_feat_dim", "caption_channels"]
@@ -803,7 +812,6 @@ def load_network(kind, folder, dtype, device, how=None):
     """A frozen network of a diffusers or transformers class. Every weight comes from the folder's files, fits
     and is finite, or it is refused: the libraries initialise what is missing, and drop what is too much.
     how: "int8" or "nf4", to quantize its blocks on the way to the device, except in a small text encoder."""
-    import diffusers
 
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     kinds = {kept_as for file in files for kept_as in read_header(file)[0].values()}
@@ -836,9 +844,7 @@ def load_network(kind, folder, dtype, device, how=None):
             for layer in block.modules():
                 if type(layer) is torch.nn.Linear:  # one at a time: the device never holds the dense network
                     quantize(layer.to(device), how)
-    for module in network.modules():
-        if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
-            module.__class__ = RMSNorm
+    fuse_norms(network)
     return network.to(device)
 
 
@@ -1396,6 +1402,11 @@ class StopSignal:
             self.name = self.name or "another process's"
         return self.agreed
 
+    def told(self, device, shard):
+        """Whether this process was told to stop: asks no other, so it costs nothing. With --shard whether any
+        was, since none can go on without the others."""
+        return self.arrived(device) if shard else self.name is not None
+
     def disarm(self):
         """From here on Ctrl-C ends the program at once."""
         self.name, self.since = "SIGINT", -math.inf
@@ -1433,9 +1444,8 @@ class Run:
         return start
 
     def interrupted(self):
-        """Whether this process was told to stop. Asks no other process, so it costs nothing; but with --shard
-        none can go on without the others."""
-        return self.stopping() if self.args.shard else self.stop.name is not None
+        """Whether this process is to leave the loop it is in; `stopping` then asks all."""
+        return self.stop.told(self.device, self.args.shard)
 
     def stopping(self):
         """Whether any process was told to stop, the same answer on all: all give up the rollout in hand."""

@@ -622,7 +622,7 @@ def evaluate(
     scorer, table = Scorer(rewards, tasks or prompts, stop), torch.zeros(len(rewards), len(items))
     try:
         for start in range(0, most, args.eval_batch_size):
-            if stop and (stop.arrived(model.device) if model.shard else stop.name):
+            if stop and stop.told(model.device, model.shard):
                 break
             indices = mine[start : start + args.eval_batch_size]
             batch = [items[i] for i in indices]

@@ -142,7 +142,7 @@ if rank == 0:
 accelerator.wait_for_everyone()
 stop, adapter = StopSignal(), "lora" if args.lora else "base"
 for batch in tqdm(batches, unit="batch", disable=rank != 0):
-    if stop.arrived(accelerator.device) if args.shard else stop.name:
+    if stop.told(accelerator.device, args.shard):
         break
     prompts, gens = [jobs[i][0] for i in batch], generators(args.seed, 0, batch)
     sampling = args.num_steps, args.resolution, adapter, args.guidance, args.noise_level, args.sde

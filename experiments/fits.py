@@ -14,7 +14,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 
-from flow_sde import RMSNorm, blocks_of, family_of
+from flow_sde import blocks_of, family_of, fuse_norms
 
 CLIP_L, CLIP_G, T5 = 0.123, 0.695, 4.762  # billions of parameters
 SD35 = dict(qk_norm="rms_norm", in_channels=16, joint_attention_dim=4096, pooled_projection_dim=2048)
@@ -84,9 +84,7 @@ def bare_model(name):
     with torch.device("meta"):
         network = getattr(diffusers, kind)(**settings).to(torch.bfloat16).requires_grad_(False).eval()
         model.null = [torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in shapes]
-    for module in network.modules():
-        if type(module) is diffusers.models.normalization.RMSNorm and module.bias is None:
-            module.__class__ = RMSNorm
+    fuse_norms(network)
     model.transformer, model.device, model.dtype = network, torch.device("meta"), torch.bfloat16
     model.applied, model.adapters, model.sources = types.SimpleNamespace(name="base"), {}, {}
     model.full, model.shard, model.guidable = {}, False, True

@@ -13,6 +13,7 @@ what to do where only it would go.
 """
 
 import argparse
+import itertools
 import math
 import os
 import time
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 # isort: off
-from flow_sde import WEIGHTINGS, generators, randn, rollout, step_weights, training_sigmas
+from flow_sde import WEIGHTINGS, generators, mean_velocity, randn, rollout, step_weights, training_sigmas
 from flow_sde import update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, skeleton, take_rows
 from flow_sde import TOY_DIR, Run, check, claim_folder, descend, load_prompts, parse_args
@@ -69,6 +70,7 @@ add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample (KL: of flow)")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
+add("--teacher-substeps", type=int, default=1, help="of the teachers' in one step of a few-step student")
 add = parser.add_argument_group("sft, learning").add_argument
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
@@ -201,6 +203,7 @@ guidance = {task: teacher["guidance"] for task, teacher in teachers.items()}
 sigmas = training_sigmas(model.sigmas(args.num_steps, args.resolution))
 w = step_weights(sigmas, args.noise_level, "kl")  # {t: w(t)}
 step_weight = step_weights(sigmas, args.noise_level, args.weighting)  # {t: what its distance counts}
+following = dict(itertools.pairwise(sigmas))  # {t: t_next}
 samples, dimensions = args.batch_size, math.prod(shape)  # of a rollout here; of a latent
 terms = world * samples * len(w) * dimensions  # of a gradient
 
@@ -247,7 +250,11 @@ for step in range(first_step, args.steps):
         draw = partial(randn, gens[part], shape, device)
 
         # act: the teacher samples the trajectory; learn: the student's distance to it at every state
-        teacher = partial(teacher_velocity, cond=cond, tasks=tasks)
+        velocity = partial(teacher_velocity, cond=cond, tasks=tasks)
+
+        def teacher(x, t, velocity=velocity):
+            return mean_velocity(velocity, x, t, following[t], args.teacher_substeps)
+
         for x, v_teacher, t, *_ in rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw):
             if run.interrupted():
                 break

@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 # isort: off
-from flow_sde import WEIGHTINGS, clipped_surrogate, generators, log_prob, randn, rollout
+from flow_sde import WEIGHTINGS, clipped_surrogate, generators, log_prob, mean_velocity, randn, rollout
 from flow_sde import step_weights, training_sigmas, transition, update_average, velocity_distance
 from flow_sde import by_task, load_model, merge_loras, merge_ties, read_lora, save_lora, take_rows
 from flow_sde import TOY_DIR, Run, check, check_turns, descend, draw_rows, listing, load_prompts, parse_args
@@ -95,6 +95,7 @@ add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="mean of w(t); w(t) (paper); dt w(t); dt^2/2")
+add("--teacher-substeps", type=int, default=1, help="of the teachers' in one step of a few-step student")
 add("--label-steps", type=int, default=0, help="steps labelled in a rollout, resampled each time; 0: all")
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
@@ -252,15 +253,17 @@ def student_velocity(x, t, cond, labelled):
 
 
 @torch.no_grad()
-def label(x, t, cond, tasks):
+def label(x, t, t_next, cond, tasks):
     """Ask each task's teacher, and the anchor, for their velocities at the states x: (v_teacher, v_anchor),
-    data without a graph; v_anchor is None without MAR. tasks: {task: its rows}, see by_task."""
-    answers = []  # the batch is in the order of its tasks
-    for task, rows in tasks.items():
-        answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
-    if anchor == "none":
-        return torch.cat(answers), None
-    return torch.cat(answers), model.velocity(x, t, cond, anchor, guidance[anchor])
+    data without a graph; v_anchor is None without MAR. tasks: {task: its rows}, see by_task. With
+    --teacher-substeps, the mean velocities of so many of their steps on the way to t_next."""
+
+    def ask(name, rows):
+        velocity = partial(model.velocity, cond=take_rows(cond, rows), adapter=name, guidance=guidance[name])
+        return mean_velocity(velocity, x[rows], t, t_next, args.teacher_substeps)
+
+    v_teacher = torch.cat([ask(task, rows) for task, rows in tasks.items()])  # in the order of the batch
+    return v_teacher, None if anchor == "none" else ask(anchor, slice(None))
 
 
 def ppo_updates(memory, step):
@@ -347,7 +350,7 @@ for step in range(first_step, args.steps):
             if t not in labelled:
                 continue
             # label: what teacher and anchor would do at the state visited
-            v_teacher, v_anchor = label(x, t, cond, tasks)
+            v_teacher, v_anchor = label(x, t, t_next, cond, tasks)
             # learn: KL + lambda MAR, each a weighted distance of velocities. Parameters change only in
             # descend(), so going backward step by step adds up to the gradient of the whole rollout: no
             # stored trajectory, no second student forward. Losses are sums; descend() divides, in float32

@@ -102,6 +102,18 @@ def velocity_distance(v, v_teacher):
     return (v - v_teacher).square().flatten(1).mean(1)
 
 
+def mean_velocity(velocity, x, t, t_next, substeps):
+    """The velocity whose one Euler step from t to t_next goes where so many smaller steps of it would go, to
+    Phi(x): (x - Phi(x)) / (t - t_next), (B, ...). What a teacher does in several steps, as one of the
+    student's; with one substep it is velocity(x, t)."""
+    if substeps == 1:
+        return velocity(x, t)
+    times, end = np.linspace(t, t_next, substeps + 1).tolist(), x
+    for s, s_next in itertools.pairwise(times):
+        end = end - velocity(end, s) * (s - s_next)
+    return (x - end) / (t - t_next)
+
+
 WEIGHTINGS = ("uniform", "kl", "kl-dt", "dt2")
 
 

@@ -31,7 +31,9 @@ def weights_of_steps(sigmas):
     return {t: kl_weight(t, t_next, 0.7) for t, t_next in zip(sigmas, sigmas[1:])}
 
 
-def two_pass(ns, teacher_of=str, teacher_weight=1.0, anchor_weight=0.02, factors=None, walker=None):
+def two_pass(
+    ns, teacher_of=str, teacher_weight=1.0, anchor_weight=0.02, factors=None, walker=None, substeps=1
+):
     """The gradient of a run's first update as the paper describes it: roll the student out and store the
     trajectory, then walk it again with gradient; one sample and one adapter at a time.
 
@@ -55,7 +57,10 @@ def two_pass(ns, teacher_of=str, teacher_weight=1.0, anchor_weight=0.02, factors
             return model.velocity(x, t, cond, name, ns["guidance"].get(name, args.guidance))
 
         def step(x, t, t_next, name, walk=walk):
-            return transition(x, walk(x, t, name), t, t_next, 0.7)
+            end, dt = x, (t - t_next) / (1 if name == "student" else substeps)
+            for k in range(round((t - t_next) / dt)):
+                end = end - walk(end, t - k * dt, name) * dt
+            return transition(x, (x - end) / (t - t_next), t, t_next, 0.7)
 
         with torch.no_grad():
             trajectory = list(rollout(walk, draw(), sigmas, 0.7, args.sde, draw))
@@ -89,6 +94,12 @@ def test_single_pass_is_two_pass_and_every_prompt_reaches_its_own_teacher(sde, l
     assert off(gradients[0], two_pass(ns)) < 1e-4
     swapped = {"compose": "ocr", "ocr": "compose", "scene": "scene"}
     assert off(gradients[0], two_pass(ns, swapped.get)) > 0.1
+
+
+def test_teachers_take_smaller_steps(loras, tmp_path, gradients):
+    """What teachers and anchor do in three steps on the way to the student's next state, as one velocity."""
+    ns = distill(loras, tmp_path, micro_batch_size=2, lr=0, num_steps=3, teacher_substeps=3)
+    assert off(gradients[0], two_pass(ns, substeps=3)) < 1e-4 < 0.01 < off(gradients[0], two_pass(ns))
 
 
 @pytest.mark.parametrize("weighting", ["kl", "kl-dt", "dt2"])

@@ -219,10 +219,12 @@ if rank == 0:
 
 @torch.no_grad()
 def teacher_velocity(x, t, cond, tasks):
-    """The guided velocity of each sample's own teacher. tasks: {task: its rows}, see by_task."""
+    """The guided velocity of each sample's own teacher; with --teacher-substeps, its mean velocity to the next
+    t. tasks: {task: its rows}, see by_task."""
     answers = []
     for task, rows in tasks.items():
-        answers.append(model.velocity(x[rows], t, take_rows(cond, rows), task, guidance[task]))
+        velocity = partial(model.velocity, cond=take_rows(cond, rows), adapter=task, guidance=guidance[task])
+        answers.append(mean_velocity(velocity, x[rows], t, following[t], args.teacher_substeps))
     return torch.cat(answers)
 
 
@@ -250,11 +252,7 @@ for step in range(first_step, args.steps):
         draw = partial(randn, gens[part], shape, device)
 
         # act: the teacher samples the trajectory; learn: the student's distance to it at every state
-        velocity = partial(teacher_velocity, cond=cond, tasks=tasks)
-
-        def teacher(x, t, velocity=velocity):
-            return mean_velocity(velocity, x, t, following[t], args.teacher_substeps)
-
+        teacher = partial(teacher_velocity, cond=cond, tasks=tasks)
         for x, v_teacher, t, *_ in rollout(teacher, draw(), sigmas, args.noise_level, args.sde, draw):
             if run.interrupted():
                 break

@@ -219,8 +219,8 @@ if rank == 0:
 
 @torch.no_grad()
 def teacher_velocity(x, t, cond, tasks):
-    """The guided velocity of each sample's own teacher; with --teacher-substeps, its mean velocity to the next
-    t. tasks: {task: its rows}, see by_task."""
+    """The guided velocity of each sample's own teacher; with --teacher-substeps, its mean velocity to the
+    next t. tasks: {task: its rows}, see by_task."""
     answers = []
     for task, rows in tasks.items():
         velocity = partial(model.velocity, cond=take_rows(cond, rows), adapter=task, guidance=guidance[task])

@@ -133,6 +133,8 @@ add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 if "teachers" in parser.given and "eval_prompts" not in parser.given:
     args.eval_prompts, args.reward = None, args.reward if "reward" in parser.given else None  # not the toy's
+if args.teacher_substeps > 1 and "eval_num_steps" not in parser.given:
+    args.eval_num_steps = args.num_steps  # a few-step student is drawn as it was trained
 
 # -- checks, before anything slow (a reader of the algorithm may skip them) ----------------------------------
 teachers, prompt_files = parse_tasks(args, guidance=args.guidance, weight=1.0)
@@ -435,6 +437,8 @@ stopped, table = run.stopping(), None
 if rank == 0:
     plot_curves(args.out)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+    sampling = {"num_steps": args.eval_num_steps, "guidance": args.guidance}  # see sampling_of
+    write_json(os.path.join(args.out, "lora/sampling.json"), sampling)
 if rewards and not stopped:
     run.stop.disarm()  # from here on Ctrl-C ends at once
     check_rewards(rewards, eval_prompts, args.resolution, device, prompts)  # loads them, before threads score

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
-from flow_sde import load_model, quantizer  # model
+from flow_sde import load_model, quantizer, sampling_of  # model
 from flow_sde import HERE, TOY_DIR, StopSignal, check, claim_folder, end_processes, file_hash  # run
 from flow_sde import fingerprint, load_prompts, parse_args, parse_specs, read_json, save_grid, say
 from flow_sde import start_processes, write, write_json
@@ -64,7 +64,8 @@ and follow the prompts. png, jpg, webp, bmp, avif, tiff"""
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
 add("--model", help="diffusers folder or hub id of the base; without it, the embedded toy")
-add("--models", nargs="+", metavar="NAME=LORA[,guidance=G]", default=["base"], help="rows; `base`: no LoRA")
+ROWS = "NAME=LORA[,guidance=G][,num_steps=N]"
+add("--models", nargs="+", metavar=ROWS, default=["base"], help="rows; `base`: no LoRA")
 add("--folders", nargs="+", metavar="NAME=DIR", help=FOLDERS)
 add("--tasks", "--prompts", nargs="+", metavar="TASK=FILE", help="prompts, .txt or .jsonl")
 add("--samples-per-prompt", type=int, default=1, help="GenEval: 4; more than 1 adds a column `diversity`")
@@ -100,10 +101,23 @@ for task in prompts:
     scored = rewards_of(task, rewards, prompts)
     check(scored, f"--tasks {task}: no reward scores this task; --reward has {', '.join(rewards)}")
 folders = {name: spec["value"] for name, spec in parse_specs("--folders", args.folders).items()}
-loras = parse_specs("--models", [spec for spec in args.models if spec != "base"], guidance=args.guidance)
+own = dict(guidance=None, num_steps=None)
+loras = parse_specs("--models", [spec for spec in args.models if spec != "base"], **own)
 if "base" in args.models:
-    loras = {"base": {"value": None, "guidance": args.guidance}} | loras
+    loras = {"base": {"value": None, **own}} | loras
 names = list(folders or loras)
+for name, spec in loras.items():  # how it is sampled: as its row says, or a typed flag, or its sampling.json
+    saved = {} if name == "base" or folders else sampling_of(spec["value"])
+    for key, flag in {"num_steps": "eval_num_steps", "guidance": "guidance"}.items():
+        default = getattr(args, flag)
+        if spec[key] is None:
+            spec[key] = default if flag in parser.given else saved.get(key, default)
+    whole = spec["num_steps"] >= 1 and spec["num_steps"] % 1 == 0
+    check(whole, f"--models {name}: num_steps={spec['num_steps']:g} must be a whole number above 0")
+    spec["num_steps"] = int(spec["num_steps"])
+ways = [f"{spec['num_steps']} steps, guidance {spec['guidance']:g}" for spec in loras.values()]
+if len(set(ways)) > 1:
+    say("note: not all are sampled alike: " + "; ".join(map("{} in {}".format, loras, ways)))
 
 
 def file_title(row):
@@ -179,8 +193,9 @@ def settings_of(name, task):
     if folders:
         return settings | {"pictures": digest([file_hash(file) for file in files[name, task]])}
     lora = loras[name]["value"]
-    settings |= {"model": base, "LoRA": lora and fingerprint(lora), "guidance": loras[name]["guidance"]}
-    for key in ("resolution", "eval_num_steps", "seed", "dtype", "no_t5", "max_sequence_length"):
+    settings |= {"model": base, "LoRA": lora and fingerprint(lora)}
+    settings |= {"guidance": loras[name]["guidance"], "eval_num_steps": loras[name]["num_steps"]}
+    for key in ("resolution", "seed", "dtype", "no_t5", "max_sequence_length"):
         settings[key] = getattr(args, key)
     return settings | {"quantize": quantizer(args.quantize)}
 
@@ -293,7 +308,8 @@ def draw_all():
         if job.missing:
             texts = [prompts[job.task][i]["prompt"] for i in job.numbers]
             gens = generators(args.seed, 0, job.numbers)
-            sampling = args.eval_num_steps, args.resolution, job.name, loras[job.name]["guidance"]
+            how = loras[job.name]
+            sampling = how["num_steps"], args.resolution, job.name, how["guidance"]
             pictures = model.generate(texts, gens, *sampling, strict=False)
         written.append(writer.submit(write_pictures, job, pictures))
         if len(written) > 2:  # so that pictures do not pile up

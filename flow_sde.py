@@ -933,6 +933,21 @@ def save_lora(lora, folder):
     replace_folder(folder, final)
 
 
+def sampling_of(spec):
+    """How a LoRA says that it is to be sampled: {"num_steps": 4, "guidance": 1.0} of the sampling.json beside
+    it, which distill.py writes; {} without one, and of several LoRAs."""
+    parts = lora_parts(spec)
+    if len(parts) != 1:
+        return {}
+    place = locate(parts[0][0])
+    file = os.path.join(place if os.path.isdir(place) else os.path.dirname(place), "sampling.json")
+    found = read_json(file) if os.path.exists(file) else {}
+    steps, guidance = found.get("num_steps", 1), found.get("guidance", 1)
+    fits = isinstance(steps, int) and isinstance(guidance, (int, float)) and steps > 0 and guidance >= 0
+    check(fits, f"{file}: num_steps must be a whole number above 0, and guidance a number")
+    return {name: found[name] for name in ("num_steps", "guidance") if name in found}
+
+
 def merge_loras(parts):
     """The exact weighted sum of LoRAs' weight deltas, sum_k w_k (alpha_k / r_k) B_k A_k, as one LoRA whose
     rank is the sum of theirs. parts: [({module: (A, B, alpha)}, weight), ...] -> {module: (A, B, alpha)}."""
@@ -986,11 +1001,11 @@ def locate(path):
     repo, inside = named[1], named[2].strip("/")
     if inside.endswith(".safetensors"):
         folder, file = os.path.split(inside)
-        wanted = [file, "adapter_config.json"]
+        wanted = [file, "adapter_config.json", "sampling.json"]
     else:
         folder = inside
-        wanted = ["adapter_config.json", PEFT_FILE, DIFFUSERS_FILE]  # of a LoRA, a transformer, a pipeline
-        wanted += ["config.json", "diffusion_pytorch_model*", "transformer/*"]
+        wanted = ["adapter_config.json", PEFT_FILE, DIFFUSERS_FILE, "sampling.json"]  # of a LoRA
+        wanted += ["config.json", "diffusion_pytorch_model*", "transformer/*"]  # of a transformer, a pipeline
     found = os.path.join(fetch(repo, [os.path.join(folder, name) for name in wanted]), inside)
     check(os.path.exists(found), f"{path}: {repo} is on the hub, but has no {inside}")
     return found.rstrip("/")
@@ -1594,8 +1609,8 @@ def write_card(folder, args, teachers, prompts, rank, table):
         rows.append("| " + " | ".join([*cells, examples[task]]) + " |")
     values = dict(base=card_name(args.model), title=os.path.basename(os.path.realpath(args.out)))
     values |= dict(teachers="\n".join(rows), results=f"\n{table}\n" if table else "", rank=rank)
-    values |= dict(guidance=f"guidance {args.guidance:g}", resolution=args.resolution, batch=args.batch_size)
-    values |= dict(steps=args.steps, lr=f"{args.lr:g}", seed=args.seed)
+    values |= dict(guidance=f"{args.guidance:g}", num_steps=args.eval_num_steps, batch=args.batch_size)
+    values |= dict(resolution=args.resolution, steps=args.steps, lr=f"{args.lr:g}", seed=args.seed)
     values |= dict(prompt=json.dumps(next(iter(prompts.values()))[0]["prompt"], ensure_ascii=False))
     template = pathlib.Path(HERE, "assets/card.md").read_text(encoding="utf-8")
     write(os.path.join(folder, "README.md"), string.Template(template).substitute(values))

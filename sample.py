@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 # isort: split
 from flow_sde import generators  # mathematics  # noqa: I001
-from flow_sde import load_model, locate, lora_parts, quantizer  # model
+from flow_sde import load_model, quantizer, sampling_of  # model
 from flow_sde import TOY_DIR, StopSignal, check, claim_folder, die, end_processes, fingerprint  # run
-from flow_sde import first_line, load_prompts, parse_args, parse_specs, read_json, save_grid
+from flow_sde import first_line, load_prompts, parse_args, parse_specs, read_json, save_grid, say
 from flow_sde import start_processes, write, write_json
 from rewards import encoded, pil, read_picture
 
@@ -79,8 +79,11 @@ if args.merge:
     complete = args.lora and not args.no_t5
     check(complete, f"--merge {args.merge}: a complete pipeline, so it needs --lora and no --no-t5")
 if args.lora:
-    for path, _ in lora_parts(args.lora):
-        locate(path)
+    own = sampling_of(args.lora)
+    for name in own.keys() - parser.given:
+        setattr(args, name, own[name])
+    if own:
+        say(f"{args.num_steps} steps, guidance {args.guidance:g}: see {args.lora}'s sampling.json")
 accelerator = start_processes()
 rank, world = accelerator.process_index, accelerator.num_processes
 claim_folder(args.out, accelerator)

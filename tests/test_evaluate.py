@@ -14,13 +14,15 @@ import threading
 import time
 import urllib.parse
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TASKS, few, refused, run
+from conftest import BASE, ROOT, TASKS, distill, few, refused, run, stock_pictures
 from PIL import Image
 from test_rewards import bad_pictures
 
 import rewards
+from flow_sde import generators, randn
 
 
 def table(out):
@@ -469,6 +471,33 @@ def test_a_bad_picture_costs_its_prompts_diversity(tmp_path, fake):
 
 
 # -- sample.py -----------------------------------------------------------------------------------------------
+
+
+def test_a_few_step_student_says_how_it_is_sampled(loras, tmp_path):
+    """Its steps and guidance are the defaults of sample.py and evaluate.py, and draw what diffusers draws."""
+    taught = dict(teachers=f"ocr={loras['ocr']},guidance=2", prompts=few("train", 8, str(tmp_path))[1])
+    distill(loras, tmp_path, **taught, guidance=1, num_steps=3, teacher_substeps=2, eval_num_steps=None)
+    student = tmp_path / "lora"
+    assert json.loads((student / "sampling.json").read_text()) == {"num_steps": 3, "guidance": 1.0}
+    draw = dict(lora=student, prompt="a cup", num_images=1)
+    run("sample.py", **draw, out=tmp_path / "drawn")
+    drawn = torch.from_numpy(np.asarray(Image.open(tmp_path / "drawn/00000.png")) / 255).movedim(-1, 0)
+    noise = randn(generators(0, 0, [0]), (3, 32, 32), "cpu")
+    theirs = stock_pictures(BASE, ["a cup"], noise, 3, lora=student, length=12)
+    assert (drawn - theirs[0]).abs().max() < 1 / 255 + 1e-4
+    rows = [f"own={student}", f"said={student},num_steps=1", "base"]
+    judge = dict(tasks=few("test", 2, str(tmp_path))[1], reward="jpeg")
+    run("evaluate.py", **judge, models=rows, out=tmp_path / "table")
+    run("evaluate.py", **judge, models=rows[:2], eval_num_steps=4, out=tmp_path / "flag")
+    how = {}
+    for file in tmp_path.glob("*/*/ocr/settings.json"):
+        how[file.parts[-4], file.parts[-3]] = json.loads(file.read_text())["eval_num_steps"]
+    expected = {("table", "own"): 3, ("table", "said"): 1, ("table", "base"): 10}
+    assert how == expected | {("flag", "own"): 4, ("flag", "said"): 1}
+    (student / "sampling.json").write_text('{"num_steps": "4"}')
+    assert "num_steps must be a whole number" in refused("sample.py", **draw, out=tmp_path / "no")
+    half = refused("evaluate.py", **judge, models=f"x={student},num_steps=1.5", out=tmp_path / "no")
+    assert "num_steps must be" in half
 
 
 def test_sample_draws_broken_pictures_again(tmp_path):

@@ -129,6 +129,7 @@ add("--eval-batch-size", type=int, default=8, help="pictures per forward of grid
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
+add("--dry-run", action="store_true", help="a few updates, what the run will take, and nothing is written")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 if "teachers" in parser.given and "eval_prompts" not in parser.given:
@@ -216,7 +217,8 @@ files, settings = {"base": args.model}, {"guidance of each": guidance, "shares":
 (settings if args.init in ("none", "merge") else files)["init"] = args.init
 for task, teacher in teachers.items():
     files |= {f"prompts {task}": prompt_files[task], f"teacher {task}": teacher["value"]}
-first_step = run.begin(model, "student", optimizer, files, settings)
+drawn = (4 + len(args.compare)) * sum(map(len, eval_prompts.values()))  # pictures of the table
+first_step = run.begin(model, "student", optimizer, files, settings, drawn)
 if rank == 0:
     if args.objective == "ppo-paper":
         print("note: the expected gradient of ppo-paper's reward is zero: it is here to be seen not to learn")

@@ -1403,16 +1403,17 @@ def descend(optimizer, params, count):
 
 class StopSignal:
     """Ctrl-C and SIGTERM ask the loop to give up the update in hand, save what the updates before it made,
-    and leave, in seconds. A second one, not at once (torchrun passes on what a terminal sends), ends it."""
+    and leave, in seconds. A second one, not at once (torchrun passes on what a terminal sends), ends it; so
+    does the first where there is nothing to save."""
 
-    def __init__(self):
-        self.name, self.since, self.failure = None, 0.0, None
+    def __init__(self, nothing_to_save=False):
+        self.name, self.since, self.failure, self.at_once = None, 0.0, None, nothing_to_save
         self.agreed = False  # whether all processes know
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.name and time.monotonic() > self.since + 5:
+        if self.at_once or self.name and time.monotonic() > self.since + 5:
             die("interrupted")
         self.name, self.since = signal.Signals(number).name, self.since or time.monotonic()
 
@@ -1448,15 +1449,20 @@ class Run:
 
     def __init__(self, args, out=None):
         self.args, self.out, self.skipped = args, out or args.out, 0
-        self.accelerator = start_processes(args.track, self.out)
+        self.accelerator = start_processes(None if args.dry_run else args.track, self.out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        claim_folder(self.out, self.accelerator, args.resume, args.init)
+        if not args.dry_run:
+            claim_folder(self.out, self.accelerator, args.resume, args.init)
 
-    def begin(self, model, adapter, optimizer, files, settings):
+    def begin(self, model, adapter, optimizer, files, settings, pictures=0):
         """The step to continue from, 0 in a new run. Trained are the adapter and its average, "ema". files,
-        by content, and settings make the run what it is. From here on Ctrl-C and SIGTERM ask to stop."""
+        by content, and settings make the run what it is. From here on Ctrl-C and SIGTERM ask to stop.
+        pictures: how many the run will draw, for --dry-run."""
         self.model, self.adapter, self.optimizer = model, adapter, optimizer
+        if self.args.dry_run:
+            self.stop, self.records, self.pictures = StopSignal(nothing_to_save=True), [], pictures
+            return 0
         self.identity = run_identity(self.args, self.world, files) | settings
         start = self.resume()
         if self.rank == 0:
@@ -1482,6 +1488,15 @@ class Run:
         """A line of log.jsonl, and of the tracker; numbers that are not finite are null, and `skipped` counts
         the updates skipped in a row."""
         record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # NaN, Infinity: null
+        if self.args.dry_run:
+            from memory import dry_run
+
+            self.records.append(record)
+            if len(self.records) == min(dry_run.UPDATES, self.args.steps):
+                dry_run.page(self, self.pictures)
+                self.end("")
+                raise SystemExit
+            return
         if self.skipped:
             record["skipped"] = self.skipped
         if self.args.track:
@@ -1517,7 +1532,7 @@ class Run:
 
     def save(self, step):
         """checkpoints/STEP: the LoRA people can use (the average) and the state a run resumes from."""
-        if self.rank != 0:
+        if self.rank != 0 or self.args.dry_run:
             return
         root = os.path.join(self.out, "checkpoints")
         temporary = os.path.join(root, ".new")
@@ -1630,7 +1645,7 @@ def card_name(spec):
 
 def run_identity(args, processes, files):
     """What makes a resumed run the same: flags, if they matter, and the content of its files {what: path}."""
-    free = {"steps", "out", "resume", "track", "save_every", "keep", "compile"}
+    free = {"steps", "out", "resume", "track", "save_every", "keep", "compile", "dry_run"}
     free |= {"eval_every", "eval_num_steps", "eval_batch_size", "reward", "reward_option", "compare"}
     free |= {"micro_batch_size", "offload_text_encoders", "gradient_checkpointing", "shard"}
     free |= {"model", "prompts", "eval_prompts", "teachers", "anchor", "init"}  # these by content

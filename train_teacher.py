@@ -115,6 +115,7 @@ add("--eval-batch-size", type=int, default=8, help="pictures per forward of a va
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
+add("--dry-run", action="store_true", help="a few updates, what the run will take, and nothing is written")
 add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
 args = parse_args(parser, TOY)
 
@@ -178,7 +179,8 @@ for task, teacher in teachers.items():
 for name, reward in rewards.items():
     identity = re.sub('://[^/"]+', "://", reward.identity)  # a server may move
     settings[f"reward {name}"] = [identity, reward.weight, reward.task]
-first_step = run.begin(model, "teacher", optimizer, files, settings)
+drawn = (1 + math.ceil(args.steps / args.eval_every)) * sum(map(len, eval_prompts.values()))  # to validate
+first_step = run.begin(model, "teacher", optimizer, files, settings, drawn)
 if rank == 0:
     on = ", ".join(f"{task} ({len(rows)} prompts)" for task, rows in prompts.items())
     print(
@@ -301,7 +303,7 @@ if first_step and results_file.exists():
             base_row = row
         elif row["step"] <= first_step:
             best = row
-if eval_prompts and base_row is None:
+if eval_prompts and base_row is None and not args.dry_run:
     base_row = validate("base", "base", 0)
 if is_due(first_step):  # a run that was stopped there
     best = keep_best(best, first_step)
@@ -341,6 +343,7 @@ for step in range(first_step, args.steps):
                 steps = list(rollout(teacher, first_noise[part], sigmas, noise_levels, args.sde, draw))
             memory.append([s for s in steps[:learnt_count] if s.log_prob is not None])
             scorer.submit(model.decode(steps[-1].x_next), batch[part])
+        all_drawn = time.perf_counter()
         scores = scorer.collect()
     except RewardError as error:
         run.stop.fail(f"--reward {error}")
@@ -348,6 +351,7 @@ for step in range(first_step, args.steps):
         run.save(step)
         break
 
+    waiting = time.perf_counter() - all_drawn  # for scores
     # judge: how much better than its group. Groups that tie and pictures without a score are left out
     reward = weighted_sum(scores, rewards, batch, prompts)  # (pictures here,)
     groups = run.accelerator.gather(reward.to(device)).cpu().view(world, -1, args.group_size)
@@ -405,7 +409,7 @@ for step in range(first_step, args.steps):
         break
 
     # report
-    record = {"step": step + 1}
+    record = {"step": step + 1, "waiting": waiting}
     for name, values in scores.items():
         count, total = reduce_sum(
             torch.tensor([(~values.isnan()).sum(), values.nansum()], device=device)

@@ -12,6 +12,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    BASE,
     ROOT,
     TASKS,
     begin,
@@ -39,7 +41,7 @@ from PIL import Image
 
 import flow_sde
 import rewards
-from flow_sde import SD3, kl, load_prompts, log_prob, transition
+from flow_sde import SD3, kl, load_prompts, log_prob, save_lora, transition
 
 SCRIPTS = ["train_teacher.py", "cold_start.py", "distill.py", "sample.py", "evaluate.py", "toy"]
 
@@ -54,6 +56,42 @@ def test_help(script, capsys, monkeypatch):
 
 
 # -- what runs leave behind --------------------------------------------------------------------------------
+
+
+SCORED = dict(reward=[f"toy.{task}" for task in TASKS], eval_num_steps=1)
+DRY = {  # {script: (its flags, pictures that it would draw: 12 prompts times models or validations)}
+    "distill.py": (SCORED | dict(compare="sum", eval_batch_size=2), 5 * 12),
+    "train_teacher.py": (SCORED | dict(group_size=2, sde_window=1, eval_every=50), 4 * 12),
+    "cold_start.py": ({}, 0),
+}
+
+
+@pytest.mark.parametrize("script", DRY)
+def test_a_dry_run_tells_and_leaves_nothing(script, loras, tmp_path, capsys):
+    """Also which teacher changes nothing."""
+    model = SD3(BASE)
+    model.new_adapter("asleep", 4, 8)
+    save_lora(model.lora("asleep"), tmp_path / "asleep")
+    prompts, (flags, pictures) = few("train", 4, tmp_path), DRY[script]
+    teachers = [f"compose={tmp_path}/asleep", f"ocr={loras['ocr']}", f"scene={loras['scene']}"]
+    flags = flags | dict(teachers=teachers, prompts=prompts, resolution=32, num_steps=2)
+    flags |= dict(batch_size=3, steps=120)
+    if pictures:
+        flags |= dict(eval_prompts=prompts)
+    before, began = set(tmp_path.rglob("*")), time.time()
+    run(script, *["sft"] * (script == "cold_start.py"), **flags, dry_run=True, out=tmp_path / "out")
+    assert set(tmp_path.rglob("*")) == before
+    said = capsys.readouterr().out
+    times = re.search(r"time: ([\d.]+) s an update, ([\d.]+) minutes for --steps 120\n", said).groups()
+    seconds, minutes = map(float, times)
+    assert 0 < seconds < time.time() - began and minutes == pytest.approx(2 * seconds, abs=0.07)
+    assert re.search(r"memory of the process: \d\.\d+ GB at its peak; throughout: transformer ", said)
+    assert re.findall(r"note: (\w+) \((.*)\) draws as the base does", said) == [
+        ("teacher_of_compose" if script == "train_teacher.py" else "compose", f"{tmp_path}/asleep")
+    ]
+    assert re.findall(r"steps, (\d+) for validations", said) == [str(pictures)] * (pictures > 0)
+    assert ("waiting for their scores" in said) == (script == "train_teacher.py")
+    assert ("KL to each teacher at the start: compose " in said) == (script == "distill.py")
 
 
 def test_distill_leaves_a_student_and_a_table(loras, tmp_path, monkeypatch):

@@ -1,0 +1,100 @@
+"""--dry-run: what a run will take, measured on its first updates. Nothing is written."""
+
+import statistics
+import sys
+import time
+
+import torch
+
+from flow_sde import generators, held, randn, say, size_of, text_parts
+
+UPDATES = 3  # that are made: the first warms up, the others are timed
+
+
+def page(run, pictures):
+    """Print what the first updates tell (run.records). pictures: how many the whole run draws for its tables,
+    validations and grids."""
+    args, records, where = run.args, run.records, "a GPU" if run.device.type == "cuda" else "the process"
+    lines = ["-- dry run: nothing was written --"]
+    peak, throughout = peak_memory(run.device), held(run.model, run.optimizer)
+    lines.append(f"memory of {where}: {peak / 1e9:.2f} GB at its peak; throughout: {throughout}")
+    seconds = statistics.median(record["seconds"] for record in records[1:] or records)
+    whole = duration(seconds * args.steps)
+    lines.append(f"time: {seconds:.2f} s an update, {whole} for --steps {args.steps}")
+    if "waiting" in records[0]:
+        waiting = statistics.median(record["waiting"] for record in records)
+        lines.append(f"rewards: {waiting:.2f} s of an update are spent waiting for their scores")
+    if pictures:
+        each = seconds_a_picture(run)
+        more = f"{pictures} for validations, grids and tables: {duration(each * pictures / run.world)}"
+        lines.append(f"pictures: {each:.2f} s each in {args.eval_num_steps} steps, {more}")
+    numbers = sum(p.numel() for p in run.model.adapters[run.adapter])
+    checkpoint = 4 * numbers * 6  # the LoRA in two layouts; it, its average and AdamW's two moments
+    total = checkpoint * min(args.keep, 1 + args.steps // args.save_every) + 8 * numbers
+    lines.append(f"disk: {checkpoint / 1e6:.1f} MB a checkpoint, {total / 1e6:.1f} MB in the end")
+    distances = [f"{name[3:]} {value:.1e}" for name, value in records[0].items() if name.startswith("kl/")]
+    if distances:
+        lines.append(f"KL to each teacher at the start: {', '.join(distances)}")
+    for name in asleep(run):
+        lines.append(f"note: {name} draws as the base does. Is it the right file?")
+    lines += [f"try {advice}" for advice in advices(run, peak)]
+    say("\n".join(lines))
+
+
+def duration(seconds):
+    """In words."""
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+
+
+def peak_memory(device):
+    """In bytes: what PyTorch took of a GPU; else of the process's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds_a_picture(run):
+    """Of a full batch, as tables are drawn."""
+    args, times = run.args, []
+    for _ in range(2):  # the first warms up
+        began, count = time.perf_counter(), args.eval_batch_size
+        how = args.eval_num_steps, args.resolution, "base", args.guidance
+        run.model.generate(["a picture"] * count, generators(0, 0, range(count)), *how)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times[-1] / count
+
+
+@torch.no_grad()
+def asleep(run):
+    """Teachers and anchors that change nothing: at a noisy state they answer as the base does, bit by bit."""
+    model, found = run.model, []
+    x = randn(generators(0, 0, [0]), model.latent_shape(run.args.resolution), run.device)
+    inputs = x, 0.9, model.encode([""])
+    base = model.velocity(*inputs, "base", run.args.guidance)
+    for name in [*model.adapters, *model.full]:
+        source = model.sources[name]
+        loaded = source not in ("base", "in training") and not source.startswith("from ")
+        if loaded and torch.equal(model.velocity(*inputs, name, run.args.guidance), base):
+            found.append(f"{name} ({source})")
+    return found
+
+
+def advices(run, peak):
+    """Flags that are not given and would save memory or time."""
+    args, model = run.args, run.model
+    if run.device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(run.device).total_memory
+    if not args.compile and not args.shard:
+        yield "--compile: 1.2 to 1.4 times faster, after some minutes"
+    if peak < total / 2:
+        yield f"a larger --micro-batch-size than {args.micro_batch_size}: half of the memory is free"
+    if peak > 0.9 * total:
+        yield "less memory: a smaller --micro-batch-size, --gradient-checkpointing, --quantize int8, --shard"
+    encoders = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
+    if not args.offload_text_encoders and encoders > 0.1 * total:
+        yield f"--offload-text-encoders: {encoders / 1e9:.1f} GB less"

@@ -129,7 +129,7 @@ add("--eval-batch-size", type=int, default=8, help="pictures per forward of grid
 add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
-add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker, pictures too")
 args = parse_args(parser, TOY)
 if "teachers" in parser.given and "eval_prompts" not in parser.given:
     args.eval_prompts, args.reward = None, args.reward if "reward" in parser.given else None  # not the toy's
@@ -315,8 +315,7 @@ def draw_grid():
     if drawn:
         pictures = drawn_before | drawn
         drawn_before.update({name: row for name, row in drawn.items() if name != "student"})
-        if rank == 0:
-            save_grid(os.path.join(args.out, "samples.png"), {name: pictures[name] for name in rows}, texts)
+        run.draw("samples", save_grid, {name: pictures[name] for name in rows}, texts)
 
 
 # -- the loop ------------------------------------------------------------------------------------------------
@@ -423,8 +422,7 @@ for step in range(first_step, args.steps):
     if last or (step + 1) % args.save_every == 0:
         run.save(step + 1)
     if now_and_then and not last:
-        if rank == 0:
-            plot_curves(args.out)
+        run.draw("curves", plot_curves)
         draw_grid()
 progress.close()
 
@@ -432,8 +430,8 @@ progress.close()
 if not run.stopping():
     draw_grid()
 stopped, table = run.stopping(), None
+run.draw("curves", plot_curves)
 if rank == 0:
-    plot_curves(args.out)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
 if rewards and not stopped:
     run.stop.disarm()  # from here on Ctrl-C ends at once

@@ -14,11 +14,12 @@ PIXELS = 256 * 28 * 28  # of a picture; Qwen makes a token of 28 x 28
 
 
 def hpsv3(images, prompts, metadata=None, weights=HPSV3, base=QWEN):
-    """Human Preference Score v3 (arXiv 2508.03789, MIT): mu of the (mu, sigma) that three layers make of the
-    state of the token <|Reward|>. Unbounded; its authors' means of models run from -0.2 (SD 2) to 10.6
-    (Kolors). As their code (MizzenAI/HPSv3) has it: 448 x 448 pixels or as many, and positions that count on
-    through the picture, where Qwen2-VL's own have three dimensions. Tokenizer and sizes are `base`'s
-    (Apache-2.0). Qwen2-VL in the file's precision, bfloat16, the layers in float32. Needs 17 GB."""
+    """Human Preference Score v3 (arXiv 2508.03789; code MIT, weights Apache-2.0): mu of the (mu, sigma) that
+    three layers make of the state of the token <|Reward|>. Unbounded; its authors' means of models run from
+    -0.2 (SD 2) to 10.6 (Kolors). As their code (MizzenAI/HPSv3) has it, but for one rounding of the angles in
+    the vision tower: 448 x 448 pixels or as many, positions that count on through the picture, where
+    Qwen2-VL's own have three dimensions, bfloat16 as in the file, and float32 for the three layers. Tokenizer
+    and sizes are `base`'s (Apache-2.0). Needs 17 GB."""
     qwen, head, tokenizer = load_hpsv3(weights, base, images.device)
     patches, rows, columns = qwen_patches(pil(images))
     before = BEFORE + "<|image_pad|>" * (rows * columns // 4) + "<|vision_end|>" + INSTRUCTION
@@ -84,7 +85,8 @@ def load_hpsv3(weights, base, device):
         head = Sequential(*head, Linear(16, 2))
         model = ModuleDict({"model": Qwen2VLModel(config), "rm_head": head})
     model = fill(model, state, weights, device)
-    return model["model"], model["rm_head"].float(), tokenizer
+    qwen = model["model"].to(model["model"].dtype)  # rounds the frequencies of its positions, as in training
+    return qwen, model["rm_head"].float(), tokenizer
 
 
 # What the weights were trained to read, to the letter: Qwen2-VL's chat template and the instruction of

@@ -400,7 +400,11 @@ def test_blipvqa(images, tmp_path, monkeypatch):
 
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 QWEN_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
-OFFICIAL_END = "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"  # after <|Reward|>, in the official text
+# Qwen2-VL's chat template around the official text
+OFFICIAL_START = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+)
+OFFICIAL_END = "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
@@ -443,9 +447,13 @@ def small_qwen(tmp_path_factory):
     return folder, state
 
 
-def hpsv3_by_hand(state, patches, rows, ids, image_token, reward_token):
+def hpsv3_by_hand(state, patches, rows, ids, image_token, reward_token, rounded=False):
     """(mu, sigma) of one picture: Qwen2-VL's layers as functions of the file's tensors, with positions that
-    count on, and the head of the token <|Reward|>."""
+    count on, and the head of the token <|Reward|>. rounded: the positions' frequencies are bfloat16's."""
+
+    def frequencies(base):  # of heads of 8; in the vision tower half of a head is for rows, half for columns
+        found = base ** -(torch.arange(0, 8, 2) / 8)
+        return found.bfloat16().float() if rounded else found
 
     def lin(name, x):
         y = x @ state[name + ".weight"].T
@@ -476,7 +484,7 @@ def hpsv3_by_hand(state, patches, rows, ids, image_token, reward_token):
     x = patches @ state["visual.patch_embed.proj.weight"].flatten(1).T
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(len(patches) // rows))
     places = places.view(rows // 2, 2, -1, 2, 2).transpose(1, 2).reshape(-1, 2, 1)  # squares of four
-    angles = (places * 10000.0 ** -(torch.arange(0, 8, 2) / 8)).flatten(1)
+    angles = (places * frequencies(1e4)).flatten(1)
     for i in range(2):
         b = f"visual.blocks.{i}."
         y = lin(b + "attn.qkv", ln(b + "norm1", x)).chunk(3, -1)
@@ -487,7 +495,7 @@ def hpsv3_by_hand(state, patches, rows, ids, image_token, reward_token):
     seen = lin("visual.merger.mlp.2", F.gelu(lin("visual.merger.mlp.0", x)))
     x = state["model.embed_tokens.weight"][ids]
     x[ids == image_token] = seen
-    angles = torch.arange(len(ids))[:, None] * 1e6 ** -(torch.arange(0, 8, 2) / 8)
+    angles = torch.arange(len(ids))[:, None] * frequencies(1e6)
     for i in range(2):
         b = f"model.layers.{i}."
         y = rms(b + "input_layernorm", x)
@@ -516,31 +524,38 @@ def test_hpsv3s_pixels(height, width):
 def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
     from transformers import AutoTokenizer
 
-    folder, state = small_qwen
+    (folder, state), file, close = small_qwen, tmp_path / "HPSv3.safetensors", dict(atol=2e-4, rtol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
     image_token, reward_token = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|Reward|>"])
     patches, rows, _ = hpsv3.qwen_patches(rewards.pil(images))
-    expected = []
-    for seen, prompt in zip(patches.chunk(2), PROMPTS):
-        text = hpsv3.BEFORE + "<|image_pad|>" * 256 + "<|vision_end|>" + hpsv3.INSTRUCTION + prompt
-        ids = tokenizer(text + hpsv3.AFTER + OFFICIAL_END, return_tensors="pt").input_ids[0]
-        expected.append(hpsv3_by_hand(state, seen, rows, ids, image_token, reward_token)[0])
-    expected = torch.stack(expected)
-    assert (expected[0] - expected[1]).abs() > 0.01
+
+    def by_hand(state, rounded=False):
+        found = []
+        for seen, prompt in zip(patches.chunk(2), PROMPTS):
+            text = OFFICIAL_START + "<|image_pad|>" * 256 + "<|vision_end|>" + hpsv3.INSTRUCTION + prompt
+            ids = tokenizer(text + hpsv3.AFTER + OFFICIAL_END, return_tensors="pt").input_ids[0]
+            mu, sigma = hpsv3_by_hand(state, seen, rows, ids, image_token, reward_token, rounded)
+            found.append(mu)
+        return torch.stack(found)
 
     def scores(state):
-        save_file(state, tmp_path / "HPSv3.safetensors")
+        save_file(state, file)
         hpsv3.load_hpsv3.cache_clear()
-        return score("hpsv3", images, weights=tmp_path / "HPSv3.safetensors", base=folder)
+        return score("hpsv3", images, weights=file, base=folder)
 
-    torch.testing.assert_close(scores(state), expected, atol=2e-4, rtol=1e-4)
+    expected = by_hand(state)
+    assert (expected[0] - expected[1]).abs() > 0.01
+    torch.testing.assert_close(scores(state), expected, **close)
     new = {re.sub("^model", "model.language_model", name): value for name, value in state.items()}
     new = {re.sub("^visual", "model.visual", name): value for name, value in new.items()}
-    torch.testing.assert_close(scores(new), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(scores(new), expected, **close)
     halves = {name: v if name.startswith("rm_head") else v.bfloat16() for name, v in state.items()}
     rough = scores(halves)  # as the published file is stored, and computed
-    assert (rough - expected).abs().max() < 0.1 and not torch.equal(rough, expected)
+    assert (rough - expected).abs().max() < 0.1
+    hpsv3.load_hpsv3(str(file), str(folder), images.device)[0].float()  # the same weights and frequencies
+    exact = by_hand({name: v.float() for name, v in halves.items()}, rounded=True)
+    torch.testing.assert_close(score("hpsv3", images, weights=file, base=folder), exact, **close)
     for drop in ("visual.blocks.1.norm2.weight", "model.layers.0.self_attn.k_proj.bias", "rm_head.3.weight"):
         with pytest.raises(rewards.RewardError, match=f"does not fit.*{drop.rpartition('.')[0][-8:]}"):
             scores({name: value for name, value in state.items() if name != drop})
@@ -548,10 +563,10 @@ def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
         scores(state | {"rm_head.extra": torch.zeros(1)})
     with pytest.raises(rewards.RewardError, match="does not fit.*size mismatch.*embed_tokens"):
         scores(state | {"model.embed_tokens.weight": torch.zeros(99, 32)})
-    (tmp_path / "HPSv3.safetensors").write_bytes(b"not one")
+    file.write_bytes(b"not one")
     hpsv3.load_hpsv3.cache_clear()
     with pytest.raises(rewards.RewardError, match="not a checkpoint of tensors"):
-        score("hpsv3", images, weights=tmp_path / "HPSv3.safetensors", base=folder)
+        score("hpsv3", images, weights=file, base=folder)
 
 
 def test_hpsv3s_instruction_is_the_official_one():

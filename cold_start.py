@@ -93,7 +93,7 @@ add("--save-every", type=int, default=50, help="updates between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--dry-run", action="store_true", help="a few updates, what the run will take, and nothing is written")
-add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker, curves too")
 args = parse_args(parser, TOY)
 
 # -- checks, before anything slow ----------------------------------------------------------------------------
@@ -283,8 +283,7 @@ for step in range(first_step, args.steps):
     progress.set_postfix(distance=f"{distance:.1e}")
     if step + 1 == args.steps or (step + 1) % args.save_every == 0:
         run.save(step + 1)
-        if rank == 0:
-            plot_curves(out)
+        run.draw("curves", plot_curves)
 progress.close()
 
 # -- the end -------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--dry-run", action="store_true", help="a few updates, what the run will take, and nothing is written")
-add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker, pictures too")
 args = parse_args(parser, TOY)
 if "teachers" in parser.given and "eval_prompts" not in parser.given:
     args.eval_prompts, args.reward = None, args.reward if "reward" in parser.given else None  # not the toy's
@@ -319,8 +319,7 @@ def draw_grid():
     if drawn:
         pictures = drawn_before | drawn
         drawn_before.update({name: row for name, row in drawn.items() if name != "student"})
-        if rank == 0:
-            save_grid(os.path.join(args.out, "samples.png"), {name: pictures[name] for name in rows}, texts)
+        run.draw("samples", save_grid, {name: pictures[name] for name in rows}, texts)
 
 
 # -- the loop ------------------------------------------------------------------------------------------------
@@ -427,8 +426,7 @@ for step in range(first_step, args.steps):
     if last or (step + 1) % args.save_every == 0:
         run.save(step + 1)
     if now_and_then and not last:
-        if rank == 0:
-            plot_curves(args.out)
+        run.draw("curves", plot_curves)
         draw_grid()
 progress.close()
 
@@ -436,8 +434,8 @@ progress.close()
 if not run.stopping():
     draw_grid()
 stopped, table = run.stopping(), None
+run.draw("curves", plot_curves)
 if rank == 0:
-    plot_curves(args.out)
     save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
     sampling = {"num_steps": args.eval_num_steps, "guidance": args.guidance}  # see sampling_of
     write_json(os.path.join(args.out, "lora/sampling.json"), sampling)

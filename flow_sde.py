@@ -44,6 +44,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY_DIR = os.path.relpath(os.path.join(HERE, "toy"))  # the embedded model's folder, from any working folder
@@ -1448,7 +1449,7 @@ class Run:
     one, `begin` it when the model is loaded, and `report`, `save` and `end` it."""
 
     def __init__(self, args, out=None):
-        self.args, self.out, self.skipped = args, out or args.out, 0
+        self.args, self.out, self.step, self.skipped = args, out or args.out, 0, 0
         self.accelerator = start_processes(None if args.dry_run else args.track, self.out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -1497,6 +1498,7 @@ class Run:
                 self.end("")
                 raise SystemExit
             return
+        self.step = record["step"]
         if self.skipped:
             record["skipped"] = self.skipped
         if self.args.track:
@@ -1505,6 +1507,18 @@ class Run:
         if self.rank == 0:
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
+
+    def draw(self, name, draw, *args):
+        """One process calls draw(PATH, *args), for NAME.png in the run's folder; the tracker gets it too."""
+        if self.rank != 0:
+            return
+        path = os.path.join(self.out, name + ".png")
+        draw(path, *args)
+        if self.args.track and os.path.exists(path):  # before the first update there are no curves
+            pixels = np.array(Image.open(path).convert("RGB"))[None]
+            layout = {"dataformats": "NHWC"} if self.args.track == "tensorboard" else {}
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({name: pixels}, self.step, **layout)
 
     def count_skipped(self, culprit):
         """An update whose gradient is not finite was skipped (see descend), as happens in float16; three in a
@@ -1829,11 +1843,11 @@ def pyplot():
     return plt
 
 
-def plot_curves(out):
-    """curves.png from log.jsonl: a panel per quantity; "kl/ocr" is the line "ocr" of the panel "kl"."""
-    rows, panels, plt = read_log(out), {}, pyplot()
+def plot_curves(path):
+    """Curves of the log.jsonl beside `path`: a panel per quantity; "kl/ocr" is the line "ocr" of "kl"."""
+    rows, panels, plt = read_log(os.path.dirname(path)), {}, pyplot()
     for key in dict.fromkeys(key for row in rows for key in row):
-        if key not in ("step", "seconds", "memory_gb", "kl_by_sigma"):
+        if key not in ("step", "seconds", "waiting", "memory_gb", "kl_by_sigma"):
             panels.setdefault(key.split("/")[0], []).append(key)
     if not panels:
         return
@@ -1848,7 +1862,7 @@ def plot_curves(out):
         if title in ("kl", "distance"):
             axis.set_yscale("log")
     figure.tight_layout()
-    figure.savefig(os.path.join(out, "curves.png"), dpi=90)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

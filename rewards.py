@@ -319,7 +319,7 @@ def parse_rewards(specs, options=()):
             fixed["name"] = name
         if url:
             takes_url = "url" in inspect.signature(function).parameters
-            check(takes_url, f"--reward {spec}: openai+ is for judges: deqa, qwenvl, unifiedreward")
+            check(takes_url, f"--reward {spec}: openai+ is for judges: deqa, geneval2, qwenvl, unifiedreward")
             fixed["url"] = url.rstrip("/")
             try:
                 urllib.parse.urlsplit(url).port  # noqa: B018, raises where there can be no such address

@@ -116,7 +116,7 @@ add("--save-every", type=int, default=50, help="rollouts between checkpoints")
 add("--keep", type=int, default=2, help="checkpoints kept")
 add("--resume", metavar="auto|DIR", help="continue from the last checkpoint in --out, or from DIR")
 add("--dry-run", action="store_true", help="a few updates, what the run will take, and nothing is written")
-add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker")
+add("--track", choices=["tensorboard", "wandb"], help="also log to a tracker, pictures too")
 args = parse_args(parser, TOY)
 
 # -- checks, before anything slow ----------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def draw_grid():
         for name, adapter in (("base", "base"), ("teacher", "ema"))
     }
     drawn = draw_rows(run, rows, texts)
-    if drawn and rank == 0:
-        save_grid(os.path.join(args.out, "samples.png"), drawn, texts)
+    if drawn:
+        run.draw("samples", save_grid, drawn, texts)
 
 
 def is_due(step):
@@ -427,8 +427,7 @@ for step in range(first_step, args.steps):
         run.save(step + 1)
     if is_due(step + 1):
         best = keep_best(best, step + 1)
-        if rank == 0:
-            plot_curves(args.out)
+        run.draw("curves", plot_curves)
         draw_grid()
         if run.stopping():  # told during the validation, which a resumed run makes again
             run.save(step + 1)

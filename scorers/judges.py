@@ -18,6 +18,8 @@ from flow_sde import listing
 from rewards import NO_SCORE, RewardError, Unavailable, encoded, masked, pil
 from scorers.servers import post_json
 
+FIRST_TOKEN = dict(max_tokens=1, logprobs=True, top_logprobs=20)
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 ASK_LEVEL = (
     "How good is the quality of this picture? Answer with one word: excellent, good, fair, poor or bad."
@@ -51,18 +53,14 @@ def deqa(images, prompts=None, metadata=None, url="", model="", timeout=120.0, r
             "needs Flow-GRPO's server, deqa=pickle+http://HOST:PORT; or another model, "
             "deqa.model, at an endpoint, deqa=openai+http://HOST:PORT/v1"
         )
-    limits = dict(max_tokens=1, logprobs=True, top_logprobs=20)
-    read = functools.partial(read_level, who=f"{url}: {model}")
-    return ask_all(read, images, [prompt] * len(images), url, model, True, "PNG", timeout, retries, **limits)
+    reads = [functools.partial(read_level, who=f"{url}: {model}")] * len(images)
+    how = True, "PNG", timeout, retries
+    return ask_all(reads, images, [prompt] * len(images), url, model, *how, **FIRST_TOKEN)
 
 
 def read_level(answer, who):
     """The expected level of an answer's first token, in [0.2, 1]."""
-    try:
-        top = answer["logprobs"]["content"][0]["top_logprobs"]
-        likely = [(t["token"].strip(" ▁Ġ").lower(), math.exp(float(t["logprob"]))) for t in top]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise Unavailable(f"{who} gave no log-probabilities of its first token") from error
+    likely = [(token.strip().lower(), p) for token, p in first_token(answer, who).items()]
     mass = {level: sum(p for word, p in likely if word and level.startswith(word)) for level in LEVELS}
     total = sum(mass.values())
     if not total >= 0.5:
@@ -70,6 +68,81 @@ def read_level(answer, who):
         share = f"{', '.join(LEVELS)} together have {total:.0%} of the probability"
         raise NoAnswer(f"{share}; the likeliest tokens are {tokens_seen}")
     return sum(p * LEVELS[level] for level, p in mass.items()) / total / 5
+
+
+def first_token(answer, who):
+    """{token: probability} of what an answer may begin with, the likeliest twenty."""
+    try:
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        return {re.sub("[▁Ġ]", " ", t["token"]): math.exp(float(t["logprob"])) for t in top}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise Unavailable(f"{who} gave no log-probabilities of its first token") from error
+
+
+def geneval2(
+    images,
+    prompts,
+    metadata,
+    url="",
+    model="Qwen/Qwen3-VL-8B-Instruct",
+    arithmetic=False,
+    image="PNG",
+    timeout=120.0,
+    retries=3,
+):
+    """GenEval 2 (arXiv 2512.16853, CC BY-NC 4.0) by its Soft-TIFA: each question of the row's "vqa_list" is
+    asked with "Answer in one word."; its atom is the probability that the answer's first token is right. The
+    atoms' geometric mean (Soft-TIFA GM, a prompt's score), with arithmetic=True their arithmetic mean (AM);
+    in [0, 1]; papers print it times 100. As facebookresearch/GenEval2's evaluation.py, but a token that is
+    not among the twenty likeliest counts 0. Needs an endpoint with log-probabilities (Qwen3-VL: Apache-2.0)
+    and the rows of geneval2_data.jsonl."""
+    owners = [i for i, row in enumerate(metadata) for _ in row["vqa_list"]]
+    pairs = [pair for row in metadata for pair in row["vqa_list"]]
+    texts = [f"{question} Answer in one word." for question, _ in pairs]
+    reads = [functools.partial(read_answer, pair=pair, who=f"{url}: {model}") for pair in pairs]
+    atoms = ask_all(reads, images[owners], texts, url, model, True, image, timeout, retries, **FIRST_TOKEN)
+    scores = []
+    for its in atoms.split([len(row["vqa_list"]) for row in metadata]):
+        scores.append(its.mean() if arithmetic else its.log().mean().exp())
+    return torch.stack(scores)
+
+
+def read_answer(answer, pair, who):
+    """The probability that an answer's first token is the right one, in [0, 1]."""
+    likely = first_token(answer, who)
+    top = max(likely, key=likely.get, default="")
+    if not top.strip().isalnum():
+        raise NoAnswer(f"the likeliest first token is {top!r}, not a word (a judge must not think aloud)")
+    return sum(likely.get(token, 0.0) for token in right_tokens(*pair))
+
+
+def right_tokens(question, answer):
+    """The tokens that evaluation.py takes for the answer: a word as it is and capitalised, each also after a
+    space, and a number's first digit. Its " 3" begins with a token of its own in Qwen's vocabulary, the
+    space."""
+    tokens = []
+    for word in (answer.lower(), answer.capitalize()):
+        tokens += [word, " " + word]
+    if question.startswith("How many"):
+        tokens += [str(NUMBERS.index(answer) + 1)[0], " "]
+    return tokens
+
+
+def check_geneval2(row, **_):
+    """Refuse a prompt's row that is not GenEval 2's: {"vqa_list": [[question, answer], ...]}, the answer a
+    number's word after "How many", and Yes to all else."""
+    pairs = row.get("vqa_list")
+    if not isinstance(pairs, list) or not pairs:
+        needs = 'a geneval2 prompt needs the "vqa_list" of geneval2_data.jsonl'
+        raise ValueError(f"{needs}: {row.get('prompt')!r}")
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not is_pair or pair[1] not in (NUMBERS if pair[0].startswith("How many") else ["Yes"]):
+            expected = '["How many ...", "one" to "ten"] or [question, "Yes"]'
+            raise ValueError(f"geneval2 expects {expected}, not {pair!r}: {row.get('prompt')!r}")
+
+
+geneval2.check = check_geneval2
 
 
 def qwenvl(
@@ -96,10 +169,10 @@ def qwenvl(
     if max_completion_tokens:
         limit = {"max_completion_tokens": max_completion_tokens}
     patterns = [pattern] if pattern else [TAGGED_SCORE, ANY_SCORE]
-    read = functools.partial(read_score, patterns=patterns)
+    reads = [functools.partial(read_score, patterns=patterns)] * len(images)
     texts = [prompt.replace("{prompt}", p) for p in prompts]
     how = temperature, image, timeout, retries
-    return ask_all(read, images, texts, url, model, *how, **limit)
+    return ask_all(reads, images, texts, url, model, *how, **limit)
 
 
 def unifiedreward(
@@ -153,14 +226,15 @@ def read_score(answer, patterns):
     return score / best
 
 
-def ask_all(read, images, texts, url, model, temperature, image, timeout, retries, **options):
-    """read(answer) of one question a picture, sixteen at a time. An answer without a score is asked for twice
-    more, with a reminder of the form and a temperature; then the picture has none. -> (B,), NaN for none"""
+def ask_all(reads, images, texts, url, model, temperature, image, timeout, retries, **options):
+    """read(answer) of one question a picture, `read` being its own of `reads`, sixteen at a time. An answer
+    without a score is asked for twice more, with a reminder of the form and a temperature; then the picture
+    has none. -> (B,), NaN for none"""
     if not url:
         raise Unavailable("needs an endpoint: NAME=openai+http://HOST:PORT/v1 (or NAME=WEIGHT,openai+...)")
     turns = asyncio.Semaphore(16)
 
-    async def ask(picture, text):
+    async def ask(read, picture, text):
         async with turns:
             for degrees in (0, 0.5, 1):
                 question = text + AGAIN if degrees else text
@@ -173,7 +247,7 @@ def ask_all(read, images, texts, url, model, temperature, image, timeout, retrie
         return math.nan
 
     async def ask_everything():
-        return await asyncio.gather(*map(ask, pil(images), texts))
+        return await asyncio.gather(*map(ask, reads, pil(images), texts))
 
     return torch.tensor(asyncio.run(ask_everything()), dtype=torch.float32)
 

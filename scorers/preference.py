@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from flow_sde import first_line
 from rewards import Unavailable, need, pil, remembered
@@ -121,7 +123,8 @@ def load_head(file, prefix, width, device):
 
 
 def load_state(file):
-    """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read."""
+    """The tensors of a checkpoint, a local file or OWNER/REPOSITORY/FILE of the hub; no code is read. In
+    float32, but those of a .safetensors as they are stored."""
     if not os.path.exists(file):
         from huggingface_hub import hf_hub_download
 
@@ -132,8 +135,10 @@ def load_state(file):
             reason = f"no local file, nor to be had from the hub ({type(error).__name__})"
             raise Unavailable(f"{file}: {reason}") from error
     try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise Unavailable(f"{file}: not a checkpoint of tensors ({type(error).__name__})") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
@@ -146,7 +151,7 @@ def load_state(file):
 def fill(model, state, file, device):
     """A state dict into a model; one with a key too few, too many or of another shape is refused."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise Unavailable(f"{file} does not fit: {' '.join(str(error).split()[:40])} ...") from error
     return model.eval().requires_grad_(False).to(device)

@@ -157,7 +157,7 @@ def teacher(out, **changes):
 @pytest.fixture
 def numbers_only(monkeypatch):
     """Runs draw no curves and no grids, half the time of a small one."""
-    monkeypatch.setattr("flow_sde.plot_curves", lambda out: None)
+    monkeypatch.setattr("flow_sde.plot_curves", lambda path: None)
     monkeypatch.setattr("flow_sde.draw_rows", lambda *args: None)
 
 

@@ -424,10 +424,10 @@ def test_the_list_has_ones_own_rewards(mine, capsys):
     assert f"\n{name}.smile\n    How many people smile; in [0, 1].\n" in said
     assert not any(word in said for word in ("helper", "unlike", "served"))
     assert "\nocr\n    Text rendering." in said and "\ntoy.quality\n    Contrast" in said
-    ours = "jpeg ocr geneval geneval_strict deqa qwenvl unifiedreward pickscore clipscore aesthetic hpsv2"
+    ours = "jpeg ocr geneval geneval_strict hpsv3 deqa geneval2 qwenvl unifiedreward pickscore clipscore"
     names = re.findall(r"^[\w.]+$", said, re.M)
-    assert names[:13] == f"{ours} imagereward blipvqa".split() and len(set(names)) == len(names)
-    assert all("." in other for other in names[13:])
+    assert names[:15] == f"{ours} aesthetic hpsv2 imagereward blipvqa".split()
+    assert len(set(names)) == len(names) and all("." in other for other in names[15:])
 
 
 def test_short_names_load_their_own_module_alone():

@@ -1,6 +1,8 @@
 """Reward models against independent computations of their formulas, on small random weights in the layouts
 people share."""
 
+import hashlib
+import re
 import types
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import clip_tokenizer, small_clip
 from PIL import Image
+from safetensors.torch import save_file
 
 import rewards
-from scorers import judges, preference, servers
+from scorers import hpsv3, judges, preference, servers
 
 PROMPTS = ["a red fox", "two cats and a very long list of other animals that goes on"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -393,6 +396,184 @@ def test_blipvqa(images, tmp_path, monkeypatch):
     prompts = {"t": [{"prompt": PROMPTS[0]}, {"prompt": "p57", "phrases": []}]}
     with pytest.raises(SystemExit, match="--prompts t: blipvqa finds no noun phrase in 'p57'"):
         rewards.check_rewards(rewards.parse_rewards(["blipvqa"]), prompts, 32)
+
+
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
+# Qwen2-VL's chat template around the official text
+OFFICIAL_START = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+)
+OFFICIAL_END = "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def small_qwen(tmp_path_factory):
+    """A Qwen2-VL's tokenizer of single bytes and a small config in a folder, and random weights in the layout
+    of the published HPSv3.safetensors: {name: tensor}."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("qwen")
+    vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], padding_side="left")  # as the published one
+    tokenizer.add_tokens(QWEN_TOKENS, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(QWEN_TOKENS)))
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, vocab_size=len(tokenizer) + 9, rms_norm_eps=1e-6, bos_token_id=None)
+    text |= dict(eos_token_id=None, rope_parameters={"type": "mrope", "mrope_section": [1, 1, 2]})
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    config.save_pretrained(folder)
+    config.text_config.vocab_size = len(tokenizer) + 1  # with <|Reward|>
+    gen, state = torch.Generator().manual_seed(6), {}
+    for name, like in Qwen2VLForConditionalGeneration(config).state_dict().items():
+        value = torch.randn(like.shape, generator=gen) * (0.2 if like.ndim < 2 else like[0].numel() ** -0.5)
+        if like.ndim == 1 and name.endswith("weight"):
+            value += 1
+        state[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = value
+    assert {"visual.merger.mlp.2.weight", "model.embed_tokens.weight", "lm_head.weight"} <= set(state)
+    for number, (a, b) in {0: (32, 1024), 3: (1024, 16), 5: (16, 2)}.items():
+        state[f"rm_head.{number}.weight"] = torch.randn(b, a, generator=gen) * (2 / a) ** 0.5
+        state[f"rm_head.{number}.bias"] = torch.randn(b, generator=gen)
+    return folder, state
+
+
+def hpsv3_by_hand(state, patches, rows, ids, image_token, reward_token, rounded=False):
+    """(mu, sigma) of one picture: Qwen2-VL's layers as functions of the file's tensors, with positions that
+    count on, and the head of the token <|Reward|>. rounded: the positions' frequencies are bfloat16's."""
+
+    def frequencies(base):  # of heads of 8; in the vision tower half of a head is for rows, half for columns
+        found = base ** -(torch.arange(0, 8, 2) / 8)
+        return found.bfloat16().float() if rounded else found
+
+    def lin(name, x):
+        y = x @ state[name + ".weight"].T
+        return y + state[name + ".bias"] if name + ".bias" in state else y
+
+    def ln(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], 1e-6)
+
+    def rms(name, x):
+        return state[name + ".weight"] * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x, angles):  # (heads, length, width); the halves of a head are a pair's two numbers
+        a, b = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def attend(q, k, v, angles, heads, causal):
+        q, k, v = (x.unflatten(1, (-1, q.shape[1] // heads)).transpose(0, 1) for x in (q, k, v))
+        q, k, v = (
+            turned(q, angles),
+            *(x.repeat_interleave(heads // len(k), 0) for x in (turned(k, angles), v)),
+        )
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if causal:
+            scores += torch.full_like(scores, -torch.inf).triu(1)
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    x = patches @ state["visual.patch_embed.proj.weight"].flatten(1).T
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(len(patches) // rows))
+    places = places.view(rows // 2, 2, -1, 2, 2).transpose(1, 2).reshape(-1, 2, 1)  # squares of four
+    angles = (places * frequencies(1e4)).flatten(1)
+    for i in range(2):
+        b = f"visual.blocks.{i}."
+        y = lin(b + "attn.qkv", ln(b + "norm1", x)).chunk(3, -1)
+        x = x + lin(b + "attn.proj", attend(*y, angles, 2, causal=False))
+        y = lin(b + "mlp.fc1", ln(b + "norm2", x))
+        x = x + lin(b + "mlp.fc2", y * (1.702 * y).sigmoid())
+    x = ln("visual.merger.ln_q", x).reshape(-1, 4 * 32)
+    seen = lin("visual.merger.mlp.2", F.gelu(lin("visual.merger.mlp.0", x)))
+    x = state["model.embed_tokens.weight"][ids]
+    x[ids == image_token] = seen
+    angles = torch.arange(len(ids))[:, None] * frequencies(1e6)
+    for i in range(2):
+        b = f"model.layers.{i}."
+        y = rms(b + "input_layernorm", x)
+        y = attend(*(lin(f"{b}self_attn.{k}_proj", y) for k in "qkv"), angles, 4, causal=True)
+        x = x + lin(b + "self_attn.o_proj", y)
+        y = rms(b + "post_attention_layernorm", x)
+        x = x + lin(b + "mlp.down_proj", F.silu(lin(b + "mlp.gate_proj", y)) * lin(b + "mlp.up_proj", y))
+    x = rms("model.norm", x)[ids == reward_token]
+    return lin("rm_head.5", lin("rm_head.3", lin("rm_head.0", x).relu()).relu())[0]
+
+
+@pytest.mark.parametrize("height, width", [(54, 54), (512, 512), (300, 900), (700, 500), (28, 30)])
+def test_hpsv3s_pixels(height, width):
+    """The official code resizes before Qwen2-VL's own processor, which then finds nothing to resize."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    blocks = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(height))
+    pictures = rewards.pil(F.interpolate(blocks, (height, width), mode="bicubic").clamp(0, 1))
+    processor = Qwen2VLImageProcessorPil(min_pixels=hpsv3.PIXELS, max_pixels=hpsv3.PIXELS)
+    expected = processor(images=pictures, return_tensors="pt")
+    patches, rows, columns = hpsv3.qwen_patches(pictures)
+    assert expected["image_grid_thw"].tolist() == [[1, rows, columns]] * 2
+    torch.testing.assert_close(patches, expected["pixel_values"], **CLOSE)
+
+
+def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
+    from transformers import AutoTokenizer
+
+    (folder, state), file, close = small_qwen, tmp_path / "HPSv3.safetensors", dict(atol=2e-4, rtol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    image_token, reward_token = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|Reward|>"])
+    patches, rows, _ = hpsv3.qwen_patches(rewards.pil(images))
+
+    def by_hand(state, rounded=False):
+        found = []
+        for seen, prompt in zip(patches.chunk(2), PROMPTS):
+            text = OFFICIAL_START + "<|image_pad|>" * 256 + "<|vision_end|>" + hpsv3.INSTRUCTION + prompt
+            ids = tokenizer(text + hpsv3.AFTER + OFFICIAL_END, return_tensors="pt").input_ids[0]
+            mu, sigma = hpsv3_by_hand(state, seen, rows, ids, image_token, reward_token, rounded)
+            found.append(mu)
+        return torch.stack(found)
+
+    def scores(state):
+        save_file(state, file)
+        hpsv3.load_hpsv3.cache_clear()
+        return score("hpsv3", images, weights=file, base=folder)
+
+    expected = by_hand(state)
+    assert (expected[0] - expected[1]).abs() > 0.01
+    torch.testing.assert_close(scores(state), expected, **close)
+    new = {re.sub("^model", "model.language_model", name): value for name, value in state.items()}
+    new = {re.sub("^visual", "model.visual", name): value for name, value in new.items()}
+    torch.testing.assert_close(scores(new), expected, **close)
+    halves = {name: v if name.startswith("rm_head") else v.bfloat16() for name, v in state.items()}
+    rough = scores(halves)  # as the published file is stored, and computed
+    assert (rough - expected).abs().max() < 0.1
+    hpsv3.load_hpsv3(str(file), str(folder), images.device)[0].float()  # the same weights and frequencies
+    exact = by_hand({name: v.float() for name, v in halves.items()}, rounded=True)
+    torch.testing.assert_close(score("hpsv3", images, weights=file, base=folder), exact, **close)
+    for drop in ("visual.blocks.1.norm2.weight", "model.layers.0.self_attn.k_proj.bias", "rm_head.3.weight"):
+        with pytest.raises(rewards.RewardError, match=f"does not fit.*{drop.rpartition('.')[0][-8:]}"):
+            scores({name: value for name, value in state.items() if name != drop})
+    with pytest.raises(rewards.RewardError, match="does not fit.*extra"):
+        scores(state | {"rm_head.extra": torch.zeros(1)})
+    with pytest.raises(rewards.RewardError, match="does not fit.*size mismatch.*embed_tokens"):
+        scores(state | {"model.embed_tokens.weight": torch.zeros(99, 32)})
+    file.write_bytes(b"not one")
+    hpsv3.load_hpsv3.cache_clear()
+    with pytest.raises(rewards.RewardError, match="not a checkpoint of tensors"):
+        score("hpsv3", images, weights=file, base=folder)
+
+
+def test_hpsv3s_instruction_is_the_official_one():
+    """The weights were trained with this text, its blanks at the ends of lines included."""
+    text = (hpsv3.INSTRUCTION + hpsv3.AFTER).encode()
+    official = "0cea6c9dedcf26a05406557f2a066801a070e2261d379f1ce9ff6a037a4212cf"  # of PyPI's hpsv3 1.0.0
+    assert hashlib.sha256(text).hexdigest() == official
 
 
 def test_models_that_cannot_be_had(images, tmp_path):

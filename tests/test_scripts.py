@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from conftest import (
     BASE,
     ROOT,
@@ -113,7 +114,7 @@ def test_distill_leaves_a_student_and_a_table(loras, tmp_path, monkeypatch):
     card = (tmp_path / "run/lora/README.md").read_text()
     assert "base_model: base\n" in card and "| ocr | ocr | 1 | 33% | " in card and "$" not in card
     assert str(tmp_path) not in card and (tmp_path / "run/lora/samples.png").exists()
-    monkeypatch.setattr(flow_sde, "plot_curves", lambda out: None)
+    monkeypatch.setattr(flow_sde, "plot_curves", lambda path: None)
     monkeypatch.setattr(flow_sde, "draw_rows", lambda *args: None)
     table["eval_prompts"] = table["eval_prompts"][:1]
     untrained = distill(loras, tmp_path / "none", init="none", anchor="none", lr=0, **table)
@@ -130,6 +131,79 @@ def test_train_teacher_leaves_a_usable_teacher(tmp_path):
     assert keys <= set().union(*read_log(tmp_path / "run"))
     run("sample.py", lora=tmp_path / "run/lora", num_images=1, num_steps=2, out=tmp_path / "pictures")
     assert len(read_json(tmp_path / "pictures/samples.json")["pictures"]) == 3
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory, tracker = "wandb", False, None
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.pictures = [], []
+
+    def store_init_configuration(self, values):
+        self.flags = values
+
+    def log(self, values, step):
+        self.numbers.append(step)
+
+    def log_images(self, values, step):
+        self.pictures += [(name, step, pixels) for name, [pixels] in values.items()]
+
+
+def test_a_tracker_gets_curves_and_samples(loras, tmp_path, monkeypatch):
+    """Whenever they are drawn, as they are in the run's folder, at the step of the numbers before them."""
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    start, trackers = flow_sde.start_processes, []
+
+    def start_processes(track, out):
+        trackers.append(Recorder())
+        return start(trackers[-1], out)
+
+    monkeypatch.setattr(flow_sde, "start_processes", start_processes)
+    distill(loras, tmp_path / "student", track="wandb", steps=2, eval_every=1)
+    teacher(tmp_path / "teacher", track="wandb", eval_every=1)
+    sft(loras, tmp_path / "sft", track="wandb", steps=2, save_every=1)
+    monkeypatch.setattr(flow_sde, "plot_curves", lambda path: None)  # as before the first update
+    sft(loras, tmp_path / "empty", track="wandb")
+    both, curves = [("curves", 1), ("samples", 1)], [("curves", 1), ("curves", 2)]
+    drawn = {"student": [*both, ("samples", 2), ("curves", 2)]}
+    drawn |= {"teacher": [*both, ("curves", 2), ("samples", 2)], "sft": curves}
+    assert trackers.pop().pictures == []
+    for (out, expected), tracker in zip(drawn.items(), trackers, strict=True):
+        assert [(name, step) for name, step, _ in tracker.pictures] == expected
+        assert {*tracker.numbers} == {1, 2} and tracker.flags["track"] == "wandb"
+        for name, pixels in {name: pixels for name, _, pixels in tracker.pictures}.items():  # the last ones
+            file = Image.open(tmp_path / out / f"{name}.png").convert("RGB")
+            assert np.array_equal(pixels, np.array(file))
+
+
+def test_tensorboard_gets_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher(tmp_path, track="tensorboard", eval_every=1)
+    events = EventAccumulator(str(tmp_path / "flow-opd")).Reload()
+    assert events.Tags()["images"] == ["curves", "samples"] and "reward/jpeg" in events.Tags()["scalars"]
+    for name in ("curves", "samples"):
+        shown = events.Images(name)
+        assert [image.step for image in shown] == [1, 2]
+        picture = Image.open(io.BytesIO(shown[-1].encoded_image_string))
+        assert picture.tobytes() == Image.open(tmp_path / f"{name}.png").convert("RGB").tobytes()
+
+
+def test_wandb_gets_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    teacher(tmp_path, track="wandb", eval_every=1)
+    for name in ("curves", "samples"):
+        kept = sorted(tmp_path.glob(f"wandb/offline-run-*/files/media/images/{name}_*.png"))
+        assert len(kept) == 2
+        last = max(kept, key=lambda file: int(file.name.split("_")[1]))
+        expected = Image.open(tmp_path / f"{name}.png").convert("RGB").tobytes()
+        assert Image.open(last).convert("RGB").tobytes() == expected
 
 
 def test_evaluate_does_not_depend_on_the_batch(loras, tmp_path):

@@ -22,6 +22,7 @@ from conftest import few, refused, run
 from PIL import Image
 
 import rewards
+from flow_sde import load_prompts
 from scorers import judges, servers
 
 PROMPTS = ["a dog", "a cat", "a fox"]
@@ -548,6 +549,99 @@ def test_deqa_from_the_five_levels(serve):
     for spec in ("deqa=openai+http://127.0.0.1:9", "deqa"):  # neither vLLM nor SGLang serves its own model
         with pytest.raises(rewards.Unavailable, match="needs Flow-GRPO's server, deqa=pickle.*deqa.model"):
             score(spec)
+
+
+# -- GenEval 2 -----------------------------------------------------------------------------------------------
+
+
+def atom(**tokens):
+    """A judge's answer of one token, with the probabilities of what it may begin with."""
+    top = [{"token": token, "logprob": math.log(p)} for token, p in tokens.items()]
+    return chat("x", finish_reason="length", logprobs={"content": [{"top_logprobs": top}]})
+
+
+GREEN = {  # the first row of geneval2_data.jsonl
+    "prompt": "a green backpack and a pig",
+    "atom_count": 3,
+    "vqa_list": [
+        ["How many backpacks are in the image?", "one"],
+        ["Is the backpack green?", "Yes"],
+        ["Are there any backpacks in the image?", "Yes"],
+        ["How many pigs are in the image?", "one"],
+        ["Are there any pigs in the image?", "Yes"],
+    ],
+    "skills": ["count", "attribute", "object", "count", "object"],
+}
+SEVEN = {"prompt": "seven croissants", "vqa_list": [["How many croissants are in the image?", "seven"]]}
+ANSWERS = {  # to each question, and what evaluation.py's sum over its answer list comes to
+    "How many backpacks are in the image?": (
+        {"one": 0.2, "One": 0.3, "1": 0.1, " one": 0.05, " One": 0.02, " ": 0.01, "two": 0.3, "2": 0.02},
+        0.68,
+    ),
+    "Is the backpack green?": ({"Yes": 0.6, "ĠYes": 0.01, "yes": 0.02, "No": 0.3, "YES": 0.04}, 0.63),
+    "Are there any backpacks in the image?": ({"Yes": 0.9, "No": 0.1}, 0.9),
+    "How many pigs are in the image?": ({"Two": 0.5, "ones": 0.2, "11": 0.1, "One": 0.05}, 0.05),
+    "Are there any pigs in the image?": ({"Yes": 1.0}, 1.0),
+    "How many croissants are in the image?": ({"7": 0.4, "▁seven": 0.3, "sevent": 0.3}, 0.7),
+}
+
+
+def test_geneval2_is_soft_tifa(serve, tmp_path):
+    """Every question once, about its own row's picture, one greedy token; then the geometric mean of the
+    probabilities of the official answer lists, or the arithmetic one."""
+    seen = []
+
+    def answer(path, body, *_):
+        asked, (picture, text) = json.loads(body), question_of(body)
+        [question] = [q for q in ANSWERS if text == f"{q} Answer in one word."]
+        seen.append((question, picture.tobytes()))
+        assert asked["max_tokens"] == 1 and asked["logprobs"] is True and asked["top_logprobs"] == 20
+        assert asked["temperature"] == 0 and asked["model"] == "Qwen/Qwen3-VL-8B-Instruct"
+        return atom(**ANSWERS[question][0])
+
+    file = tmp_path / "geneval2_data.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (SEVEN, GREEN)))
+    rows, spec = load_prompts("geneval2", str(file)), f"geneval2=openai+{serve(answer)}/v1"
+    atoms = [[ANSWERS[question][1] for question, _ in row["vqa_list"]] for row in rows]
+    got = score(spec, rows=rows)
+    assert got.tolist() == pytest.approx([math.prod(p) ** (1 / len(p)) for p in atoms])
+    pictures = [picture.tobytes() for picture in rewards.pil(IMAGES)]
+    owners = [(q, pictures[i]) for i, row in enumerate(rows) for q, _ in row["vqa_list"]]
+    assert sorted(seen) == sorted(owners)
+    got = score(spec, "geneval2.arithmetic=True", rows=rows)
+    assert got.tolist() == pytest.approx([sum(p) / len(p) for p in atoms])
+
+
+def test_geneval2_without_an_answer(serve):
+    """A right answer that is not among the tokens shown is 0; a judge that thinks aloud gives no score."""
+    said = [atom(No=1.0), atom(**{"<think>": 1.0})]
+    url = serve(lambda *_: said[0])
+    assert score(f"geneval2=openai+{url}", rows=[GREEN]).tolist() == [0]
+    said.pop(0)
+    assert score(f"geneval2=openai+{url}", rows=[GREEN]).isnan().all()
+    assert "first token is '<think>', not a word" in rewards.NO_SCORE[url]
+    with pytest.raises(rewards.Unavailable, match="Qwen3-VL-8B-Instruct gave no log-probabilities"):
+        score(f"geneval2=openai+{serve(lambda *_: chat('Yes'))}", rows=[GREEN])
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        (None, 'needs the "vqa_list" of geneval2_data.jsonl: .a pig'),
+        ([], 'needs the "vqa_list"'),
+        ("Are there pigs?", 'needs the "vqa_list"'),
+        ([["Are there pigs?"]], "not .'Are there pigs.'.: 'a pig"),
+        ([["Are there pigs?", "No"]], '"Yes".*, not'),
+        ([["How many pigs are there?", "eleven"]], '"one" to "ten"'),
+        ([["How many pigs are there?", 1]], '"one" to "ten"'),
+        ([{"question": "Are there pigs?", "answer": "Yes"}], "geneval2 expects"),
+    ],
+)
+def test_what_is_no_geneval2_prompt(pairs, message):
+    row = {"prompt": "a pig"} | ({} if pairs is None else {"vqa_list": pairs})
+    chosen = rewards.parse_rewards(["geneval2=openai+http://127.0.0.1:9"])
+    with pytest.raises(SystemExit, match=f"--prompts geneval2: .*{message}"):
+        rewards.check_rewards(chosen, {"geneval2": [GREEN, row]}, 8)
 
 
 # -- in a run ------------------------------------------------------------------------------------------------

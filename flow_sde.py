@@ -301,7 +301,8 @@ class Model:
         self.sources = {"base": model}  # {name: where it was loaded from}
         self.applied = types.SimpleNamespace(name="base")  # the adapter of the current forward
         self.adapters = {}  # {name: [A, B, A, B, ...]}
-        self.full = {}  # {name: network}
+        self.full = {}  # {name: network}; teachers on one checkpoint share it
+        self.networks = {}  # {its folder: a network of self.full}
         self.waiting = {}  # {update: what its prompts were encoded to}
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(self._checkpointed)
@@ -428,7 +429,7 @@ class Model:
         if not self.offload:
             return
         encoders = [encoder for _, encoder, _ in text_parts(self.pipe)]
-        networks = (self.transformer, *self.full.values())
+        networks = {self.transformer, *self.full.values()}
         if device != "cpu" and free_memory(device) < 1.1 * sum(map(size_of, encoders)):
             for network in networks:
                 network.to("cpu")
@@ -451,7 +452,7 @@ class Model:
         forward; a network that takes g as an input (`embedded`) gets it. Without rows (B = 0) a process only
         takes part in the forward of a sharded network."""
         assert adapter == "base" or adapter in self.adapters or adapter in self.full, adapter
-        if guidance != 1 and not self.guidable:
+        if guidance != 1 and not self.guidable and adapter not in self.full:
             die(f"guidance {guidance:g}: guidance was distilled into {self.sources['base']}; give 1")
         if len(x) == 0:
             if self.shard:
@@ -486,7 +487,7 @@ class Model:
         """torch.compile with its options for the blocks of all networks, or an error. A graph serves all
         blocks of a kind; another adapter or another number of rows is another graph."""
         torch._dynamo.config.cache_size_limit = 256
-        for network in (self.transformer, *self.full.values()):
+        for network in {self.transformer, *self.full.values()}:
             for block in blocks_of(network):
                 block.compile(fullgraph=True, dynamic=False, **options)
 
@@ -546,11 +547,21 @@ class Model:
     # -- adapters ------------------------------------------------------------------------------------------
 
     def load_teacher(self, name, path):
-        """LoRAs, as load_adapter; or a full fine-tune: a pipeline or transformer, by folder or hub id."""
-        parts = lora_parts(path)
-        folder = transformer_folder(locate(path)) if [part for part, _ in parts] == [path] else None
+        """LoRAs, as load_adapter; or a full fine-tune, a pipeline or transformer by folder or hub id; or
+        CHECKPOINT+LORA, LoRAs on one."""
+        first, folder = path if os.path.exists(path) else path.partition("+")[0], None
+        if os.path.exists(first) or HUB_PATH.fullmatch(first):
+            folder = transformer_folder(locate(first))
         if not folder:
             return self.load_adapter(name, path, self.dtype)
+        loras = path[len(first) + 1 :]
+        self.full[name] = self.networks.get(folder) or self._load_full(first, folder)
+        self.networks[folder], self.sources[name] = self.full[name], path
+        if loras:
+            self.add_adapter(name, read_lora(loras, self.full[name]), path, self.dtype, self.full[name])
+
+    def _load_full(self, path, folder):
+        """A transformer of its own, which must take what this model's takes."""
         library, ours = self.pipe.config["transformer"]
         found = read_json(os.path.join(folder, "config.json"))["_class_name"]
         check(found == ours, f"{path}: a {found}; this model's transformer is a {ours}")
@@ -561,10 +572,10 @@ class Model:
             check(its == ours, f"{path}: it does not fit this model: {key} is {its}, the model's {ours}")
         size = size_of(network) / 1e9
         where = "on all devices together" if self.shard else "on every device"
-        say(f"note: {name} is a full fine-tune, a transformer of its own: {size:.1f} GB more {where}")
+        say(f"note: {path} is a full fine-tune, a transformer of its own: {size:.1f} GB more {where}")
         if self.shard:
             shard_network(network, self.device)
-        self.full[name], self.sources[name] = network, path
+        return network
 
     def new_adapter(self, name, rank, alpha, seed=0):
         """An untrained LoRA on the attention's projections: A Gaussian, B zero, so it starts as the base."""
@@ -581,10 +592,12 @@ class Model:
         """A LoRA, or several as one: see read_lora."""
         self.add_adapter(name, read_lora(path, self.transformer), path, dtype)
 
-    def add_adapter(self, name, lora, source="in training", dtype=torch.float32):
-        """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}: it adds alpha/r B A to a weight."""
+    def add_adapter(self, name, lora, source="in training", dtype=torch.float32, network=None):
+        """A frozen adapter from {module: (A (r, in), B (out, r), alpha)}: it adds alpha/r B A to a weight of
+        the base, or of another network."""
         assert name not in self.adapters, f"there is an adapter {name} already"
-        layers, self.adapters[name], self.sources[name] = linear_layers(self.transformer), [], source
+        layers = linear_layers(network or self.transformer)
+        self.adapters[name], self.sources[name] = [], source
         for n in filter(lora.__contains__, layers):  # in the network's order, the same for all adapters
             layer, (A, B, alpha) = layers[n], lora[n]
             if not isinstance(layer, LoRA):
@@ -1613,7 +1626,7 @@ class Run:
 
 def held(model, optimizer):
     """What is on this process's device throughout, in words."""
-    parts = {"transformer": sum(map(size_of, (model.transformer, *model.full.values())))}
+    parts = {"transformer": sum(map(size_of, {model.transformer, *model.full.values()}))}
     parts["text encoders"] = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
     if model.offload:
         parts["text encoders"] = 0

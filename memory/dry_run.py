@@ -75,7 +75,7 @@ def asleep(run):
     x = randn(generators(0, 0, [0]), model.latent_shape(run.args.resolution), run.device)
     inputs = x, 0.9, model.encode([""])
     base = model.velocity(*inputs, "base", run.args.guidance)
-    for name in [*model.adapters, *model.full]:
+    for name in model.adapters | model.full:
         source = model.sources[name]
         loaded = source not in ("base", "in training") and not source.startswith("from ")
         if loaded and torch.equal(model.velocity(*inputs, name, run.args.guidance), base):

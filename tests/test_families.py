@@ -317,6 +317,10 @@ def test_defaults(folder, tmp_path, capsys):
     assert "guidance=3.5, dtype=bfloat16, max_sequence_length=512" in capsys.readouterr().out
     said = refused("sample.py", model=klein, **draw, guidance=4, out=tmp_path / "klein out")
     assert "guidance was distilled into" in said
+    model, dense = load(str(klein)), load(folder("klein"))
+    model.load_teacher("dense", folder("klein"))  # a teacher that it was distilled from can be guided
+    state = noise(dense, 32)[:1], 0.6, dense.encode(["a cup"])
+    assert torch.equal(model.velocity(*state, "dense", 4.0), dense.velocity(*state, "base", 4.0))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ def test_a_full_fine_tune_answers_beside_adapters(hub, tmp_path):
     for name, path in {"peft": hub["peft"], "full": hub["full"], "pipeline": str(other)}.items():
         model.load_teacher(name, path)
     assert model.full.keys() == {"full", "pipeline"}
+    for name in "ab":  # LoRAs on one network of their own
+        model.load_teacher(name, f"{hub['full']}+{hub['peft']},scale={1 + (name == 'b')}")
+    assert model.full["a"] is model.full["b"] is model.full["full"]
     model.train_adapter("student")
     x, cond = randn(generators(0, 0, range(3)), (16, 4, 4), "cpu"), model.encode(["a", "b", "a"])
     assert torch.equal(cond[0][0], cond[0][2]) and not torch.equal(cond[0][0], cond[0][1])
@@ -111,8 +114,13 @@ def test_a_full_fine_tune_answers_beside_adapters(hub, tmp_path):
         base, full, lora = (model.velocity(x, 0.6, cond, name, 3.0) for name in ("base", "full", "peft"))
         assert torch.equal(model.velocity(x, 0.6, cond, "full", 3.0), full)  # no adapter is left on
         assert torch.equal(model.velocity(x, 0.6, cond, "pipeline", 3.0), full)
-        assert torch.allclose(SD3(str(other)).velocity(x, 0.6, cond, guidance=3.0), full, atol=1e-5)
-    assert len({base.sum().item(), full.sum().item(), lora.sum().item()}) == 3
+        alone = SD3(str(other))
+        assert torch.allclose(alone.velocity(x, 0.6, cond, guidance=3.0), full, atol=1e-5)
+        alone.load_teacher("a", hub["peft"])
+        both = model.velocity(x, 0.6, cond, "a", 3.0)
+        assert torch.allclose(alone.velocity(x, 0.6, cond, "a", 3.0), both, atol=1e-5)
+        twice = model.velocity(x, 0.6, cond, "b", 3.0)
+    assert len({v.sum().item() for v in (base, full, lora, both, twice)}) == 5
 
 
 def test_a_full_fine_tune_where_only_a_lora_will_do_is_refused(hub, tmp_path):

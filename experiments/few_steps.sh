@@ -14,7 +14,8 @@ run() {  # run NAME COMMAND...: once
     local name=$1
     shift
     if [ ! -e $R/$name.done ]; then
-        if ! "$@" --resume auto --out $R/$name > $R/$name.log 2>&1 || grep -q "stopped (--resume" $R/$name.log; then
+        if ! "$@" --resume auto --out $R/$name > $R/$name.log 2>&1 \
+            || grep -q "stopped (--resume" $R/$name.log; then
             echo "$name failed: see $R/$name.log"
             exit 255  # xargs starts no other
         fi
@@ -23,8 +24,10 @@ run() {  # run NAME COMMAND...: once
     fi
 }
 
-files() { for t in ${2:-$TASKS}; do echo $t=toy/prompts/${t/scene/scene_dawn}_$1.txt; done; }  # files SPLIT TASKS
-loras() {  # loras PREFIX: the six teachers, on another checkpoint with PREFIX; compose is the hardest
+files() {  # files SPLIT TASKS
+    for t in ${2:-$TASKS}; do echo $t=toy/prompts/${t/scene/scene_dawn}_$1.txt; done
+}
+loras() {  # loras PREFIX: the six teachers, with PREFIX on a checkpoint of their own; compose is the hardest
     for t in $TASKS; do echo $t=${1-}toy/teachers/$t; done | sed '1s/$/,weight=2/'
 }
 guided() { sed 's/^\(compose\|ocr\)=[^,]*/&,guidance=1.5/'; }  # whom guidance helps
@@ -48,7 +51,7 @@ students() {  # students SEED
     run turbo-$1 $(student $start $(on $R/turbo) --teachers $(loras toy/base+))
 }
 
-# -- a Turbo of the base: a four-step student of the base alone, merged ---------------------------------------
+# -- a Turbo of the base: a four-step student of the base alone, merged -------------------------------------
 base_alone=$(for t in $TASKS; do echo $t=base; done | sed '1s/$/,weight=2/')
 run turbobase $(student --init none --rank 16 --alpha 32 --teachers $base_alone --prompts $(files train))
 if [ ! -e $R/turbo ]; then
@@ -71,7 +74,8 @@ evaluate() {  # evaluate FOLDER STEPS FLAGS...
 scores="--reward $(for t in $TASKS quality; do echo toy.$t; done)"
 sum=$(for t in $TASKS; do echo +toy/teachers/$t; done | tr -d '\n')
 for n in 1 2 3 4 6 10; do
-    evaluate test-$n $n --tasks $(files test) $scores --models base sum=${sum#+} $(each many four two sft guided)
+    evaluate test-$n $n --tasks $(files test) $scores --models base sum=${sum#+} \
+        $(each many four two sft guided)
     for t in $TASKS; do
         evaluate own-$n-$t $n --tasks $(files test $t) --reward toy.$t toy.quality --models $t=toy/teachers/$t
     done

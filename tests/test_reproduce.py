@@ -1,5 +1,6 @@
-"""reproduce.sh: its queue, with programs that only write down how they were called, and that the scripts take
-the flags it gives them; tables.py: the errors it prints, and that experiments/README.md has its tables."""
+"""reproduce.sh and few_steps.sh: their queues, with programs that only write down how they were called, and
+that the scripts take the flags they give them; tables.py: the errors it prints, and that its tables are in
+experiments/README.md; few_steps.py: the errors of its differences."""
 
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 from test_recipes import parser_of
 
-from experiments import tables
+from experiments import few_steps, tables
 
 FAKE = """#!/usr/bin/env bash
 printf '%s\n' "$(printf '%q ' "$(basename "$0")" "$@")" >> calls
@@ -23,10 +24,11 @@ while [ $# -gt 0 ]; do if [ "$1" = --out ]; then mkdir -p "$2/lora"; fi; shift; 
 
 
 @pytest.fixture
-def reproduce(tmp_path):
-    """Run a copy of reproduce.sh on fake programs: f(fail) -> (exit status, what it printed, its calls)."""
+def reproduce(tmp_path, request):
+    """Run a copy of a script on fake programs: f(fail) -> (exit status, what it printed, its calls)."""
+    script = getattr(request, "param", "reproduce")
     (tmp_path / "experiments").mkdir()
-    shutil.copy(os.path.join(ROOT, "experiments/reproduce.sh"), tmp_path / "experiments")
+    shutil.copy(os.path.join(ROOT, f"experiments/{script}.sh"), tmp_path / "experiments")
     shutil.copytree(os.path.join(ROOT, "toy/prompts"), tmp_path / "toy/prompts")
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
@@ -36,7 +38,7 @@ def reproduce(tmp_path):
     def start(fail="nothing fails"):
         (tmp_path / "calls").write_text("")
         env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "FAIL": fail, "SEEDS": "0 1"}
-        command = ["bash", str(tmp_path / "experiments/reproduce.sh")]
+        command = ["bash", str(tmp_path / f"experiments/{script}.sh")]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env)
         calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
         return done.returncode, done.stdout + done.stderr, calls
@@ -45,13 +47,14 @@ def reproduce(tmp_path):
 
 
 def out_of(call):
-    return call[call.index("--out") + 1].removeprefix("out/reproduce/")
+    return call[call.index("--out") + 1].rpartition("/")[2]
 
 
-def test_every_run_once_with_flags_that_exist_and_not_again(reproduce):
+@pytest.mark.parametrize("reproduce, count", [("reproduce", 40), ("few_steps", 40)], indirect=["reproduce"])
+def test_every_run_once_with_flags_that_exist_and_not_again(reproduce, count):
     status, printed, calls = reproduce()
     assert status == 0, printed
-    assert calls.pop() == ["python", "experiments/tables.py"]
+    assert calls.pop()[1] in ("experiments/tables.py", "experiments/few_steps.py")
     made = []
     for call in calls:
         script = next(word for word in call if word.endswith(".py"))
@@ -60,7 +63,7 @@ def test_every_run_once_with_flags_that_exist_and_not_again(reproduce):
         for word in call:
             for file in re.findall(r"toy/prompts/\w+\.txt", word):
                 assert os.path.exists(os.path.join(ROOT, file)), call
-            for lora in re.findall(r"out/reproduce/([\w-]+)/", word):
+            for lora in re.findall(r"out/\w+/([\w-]+)/", word):
                 assert lora in made, call
         assert out_of(call) not in made
         made.append(out_of(call))
@@ -71,9 +74,10 @@ def test_every_run_once_with_flags_that_exist_and_not_again(reproduce):
                 "guidance=1.5",
                 "",
             ]
-    assert len(made) > 40
-    status, printed, calls = reproduce()  # evaluate.py skips by itself what it has
-    assert status == 0 and all("evaluate.py" in c or "experiments/tables.py" in c for c in calls), calls
+    assert len(made) > count
+    status, printed, calls = reproduce()  # evaluate.py and sample.py skip by themselves what they have
+    trained = [call for call in calls if {"distill.py", "train_teacher.py", "cold_start.py"} & {*call}]
+    assert status == 0 and not trained
 
 
 def test_a_failure_ends_it_and_the_next_start_goes_on(reproduce):
@@ -84,6 +88,29 @@ def test_a_failure_ends_it_and_the_next_start_goes_on(reproduce):
     assert status == 0, printed
     trained = [out_of(call) for call in calls[:-1] if "evaluate.py" not in call]
     assert "sft-1" in trained and "compose-0" not in trained
+
+
+def test_few_steps_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
+    """Two seeds, two pictures of each task; a gap of .1 and .3 with one seed, of .2 and .4 with the other."""
+    monkeypatch.setattr(few_steps, "RUNS", tmp_path)
+    runs = {"test-4/four0": (0.1, 0.3), "test-4/four1": (0.2, 0.4), "test-9/many0": (0, 0)}
+    for name, gaps in runs.items():
+        for task in few_steps.TASKS:
+            rows = []
+            for reward in (task, "quality"):
+                scores = zip("ab", (0.5 + gaps[0], 0.2 + gaps[1]))
+                rows += [{"picture": i, "reward": f"toy.{reward} x", "score": score} for i, score in scores]
+            for folder in (name, name.replace("many0", "many1"), f"own-9-{task}/{task}"):
+                (tmp_path / folder / task).mkdir(parents=True, exist_ok=True)
+                lines = "\n".join(map(json.dumps, rows[:: -1 if "many" in folder else 1]))
+                (tmp_path / folder / task / "scores.jsonl").write_text(lines)
+    results = [{"model": "four0"}, {"model": "four1"}]
+    (tmp_path / "test-4/results.json").write_text(json.dumps(results))
+    error = (0.01 / 6 + 0.005 / 2) ** 0.5  # of six tasks' prompts, gaps .15 and .35; of the seeds, .2 and .3
+    expected = f"+0.250 ± {error:.3f}"
+    assert few_steps.difference((4, "four"), (9, "many")) == expected
+    assert few_steps.difference((4, "four"), (9, "many"), "quality") == expected
+    assert few_steps.difference((4, "four"), (9, "teachers")) == expected
 
 
 def test_arms_are_compared_prompt_by_prompt(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ TOY = dict(
     save_every=20,
 )
 
-LORAS = "or @FILE, one a line; LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
+LORAS = "or @FILE, one a line; [FULL+]LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@")
 add = parser.add_argument_group("what").add_argument
@@ -70,7 +70,7 @@ add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample (KL: of flow)")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
-add("--teacher-substeps", type=int, default=1, help="of the teachers' in one step of a few-step student")
+add("--teacher-substeps", type=int, default=1, help="the teachers' steps in one of a few-step student's")
 add = parser.add_argument_group("sft, learning").add_argument
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")

@@ -24,6 +24,10 @@ log pi_teacher(a|s) - log pi_student(a|s) + KL: in its first pass the same expec
 action does not change it, so at the policy that sampled its expected gradient is zero; in later passes
 clipping adds drift. It is kept for comparison.
 
+`--num-steps 4 --teacher-substeps 4` makes a student of four steps: what it is taught at a state is the mean
+velocity of four small steps of the teacher, on the way to the student's next state. With 1 it is the paper.
+With `--guidance 1` and teachers that have a guidance of their own, guidance is distilled too.
+
 Left out: full fine-tuning of the student (teachers may be full fine-tunes).
 """
 
@@ -73,7 +77,7 @@ TOY = dict(
     eval_every=20,
 )
 
-LORAS = "or @FILE, one a line; LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
+LORAS = "or @FILE, one a line; [FULL+]LORA[,scale=S][,text=0][+LORA...][,guidance=G][,weight=W], or base"
 MERGES = ["sum", "ties", "dare_ties"]
 
 # -- flags (the evidence for the defaults: experiments/README.md) --------------------------------------------
@@ -95,7 +99,7 @@ add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="mean of w(t); w(t) (paper); dt w(t); dt^2/2")
-add("--teacher-substeps", type=int, default=1, help="of the teachers' in one step of a few-step student")
+add("--teacher-substeps", type=int, default=1, help="the teachers' steps in one of a few-step student's")
 add("--label-steps", type=int, default=0, help="steps labelled in a rollout, resampled each time; 0: all")
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")

@@ -1,16 +1,20 @@
 """HPSv3 (arXiv 2508.03789): what people prefer, by a Qwen2-VL that reads picture and prompt."""
 
+import ast
+import importlib.util
 import math
+import pathlib
 
 import numpy as np
 import torch
 from PIL import Image
 
-from rewards import pil, remembered
+from rewards import Unavailable, pil, remembered
 from scorers.preference import MEAN, STD, fill, load, load_state, normalize, renamed, tokens
 
 HPSV3, QWEN = "MizzenAI/HPSv3/HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28  # of a picture; Qwen makes a token of 28 x 28
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen2-VL's chat template
 
 
 def hpsv3(images, prompts, metadata=None, weights=HPSV3, base=QWEN):
@@ -19,11 +23,17 @@ def hpsv3(images, prompts, metadata=None, weights=HPSV3, base=QWEN):
     -0.2 (SD 2) to 10.6 (Kolors). As their code (MizzenAI/HPSv3) has it, but for one rounding of the angles in
     the vision tower: 448 x 448 pixels or as many, positions that count on through the picture, where
     Qwen2-VL's own have three dimensions, bfloat16 as in the file, and float32 for the three layers. Tokenizer
-    and sizes are `base`'s (Apache-2.0). Needs 17 GB."""
+    and sizes are `base`'s (Apache-2.0). Needs `pip install --no-deps hpsv3` and 17 GB."""
+    instruction, end = official_texts()
     qwen, head, tokenizer = load_hpsv3(weights, base, images.device)
     patches, rows, columns = qwen_patches(pil(images))
-    before = BEFORE + "<|image_pad|>" * (rows * columns // 4) + "<|vision_end|>" + INSTRUCTION
-    read = tokens(tokenizer, [before + prompt + AFTER for prompt in prompts], images.device, 32768)
+    picture = "<|vision_start|>" + "<|image_pad|>" * (rows * columns // 4) + "<|vision_end|>"
+    end = end.partition("<|Reward|>")[0] + "<|Reward|>"  # what comes after cannot change this token's state
+    texts = []
+    for prompt in prompts:
+        words = instruction.replace("{text_prompt}", prompt) + end
+        texts.append(SYSTEM + "<|im_start|>user\n" + picture + words)
+    read = tokens(tokenizer, texts, images.device, 32768)
     count, length = read["input_ids"].shape
     seen = {"pixel_values": patches.to(images.device)}
     seen["image_grid_thw"] = torch.tensor([[1, rows, columns]] * count, device=images.device)
@@ -89,47 +99,19 @@ def load_hpsv3(weights, base, device):
     return qwen, model["rm_head"].float(), tokenizer
 
 
-# What the weights were trained to read, to the letter: Qwen2-VL's chat template and the instruction of
-# hpsv3/dataset/data_collator_qwen.py (MizzenAI/HPSv3, MIT; the same in PyPI's hpsv3 1.0.0). What comes after
-# the token <|Reward|> cannot change its state, and is left out.
-BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-AFTER = "\n\n\n\nPlease provide the overall ratings of this image: <|Reward|>"
-INSTRUCTION = (
-    "\n"
-    "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a "
-    "overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the "
-    "worst and 10 being the best. \n"
-    "\n"
-    "**Visual Quality:**  \n"
-    "Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:\n"
-    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such "
-    "as abnormal body structures or nonsensical environmental setups.\n"
-    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy "
-    "to interpret, with no blurring or indistinct areas.\n"
-    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual "
-    "elements (e.g., hair, clothing, shadows).\n"
-    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, "
-    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a "
-    "sense of harmony and balance.\n"
-    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, "
-    "violent, or adult material. If such content is present, the image quality and satisfaction score should "
-    "be the lowest possible. \n"
-    "\n"
-    "**Text Alignment:**  \n"
-    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
-    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, "
-    "object) align with the textual description. The subject should match the description in terms of "
-    "number, appearance, and behavior.\n"
-    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how "
-    "well the image adheres to this style.\n"
-    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the "
-    "image logically fit the scenario described in the prompt. The environment should support and enhance "
-    "the subject without contradictions.\n"
-    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, "
-    "accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be "
-    "acceptable, but critical attributes should be preserved.\n"
-    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in "
-    "the image. The generated content should not introduce elements that conflict with or distort the "
-    "original description.\n"
-    "Textual prompt - "
-)
+@remembered
+def official_texts():
+    """What the weights were trained to read after the picture: the instruction with {text_prompt} in it, and
+    the line with <|Reward|>. They are read from the authors' package, which need not run here."""
+    spec = importlib.util.find_spec("hpsv3")
+    if spec is None:
+        raise Unavailable("pip install --no-deps hpsv3 (its instruction is read, and nothing of it is run)")
+    source = pathlib.Path(spec.submodule_search_locations[0], "dataset/data_collator_qwen.py").read_text()
+    texts = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            texts[node.targets[0].id] = node.value.value
+    return texts["INSTRUCTION"], texts["prompt_with_special_token"]
+
+
+hpsv3.package = "hpsv3"

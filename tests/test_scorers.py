@@ -1,7 +1,7 @@
 """Reward models against independent computations of their formulas, on small random weights in the layouts
 people share."""
 
-import hashlib
+import importlib.util
 import re
 import types
 
@@ -521,8 +521,23 @@ def test_hpsv3s_pixels(height, width):
     torch.testing.assert_close(patches, expected["pixel_values"], **CLOSE)
 
 
-def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
+def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path, monkeypatch):
+    """With other words than the authors' package has, in the same places."""
     from transformers import AutoTokenizer
+
+    if not importlib.util.find_spec("hpsv3"):
+        with pytest.raises(rewards.Unavailable, match="pip install --no-deps hpsv3"):
+            hpsv3.official_texts()
+    package, about = tmp_path / "hpsv3", tmp_path / "hpsv3-9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hpsv3\nVersion: 9\n")
+    (package / "dataset").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it must not be run')")
+    source = 'import nowhere\nINSTRUCTION = "\\nRate, from 0 to 10:\\n{text_prompt}.\\n\\n"\n'
+    source += 'prompt_with_special_token = "\\nScore: <|Reward|>\\n\\nEND\\n"\n'
+    (package / "dataset/data_collator_qwen.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    hpsv3.official_texts.cache_clear()
 
     (folder, state), file, close = small_qwen, tmp_path / "HPSv3.safetensors", dict(atol=2e-4, rtol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -533,8 +548,9 @@ def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
     def by_hand(state, rounded=False):
         found = []
         for seen, prompt in zip(patches.chunk(2), PROMPTS):
-            text = OFFICIAL_START + "<|image_pad|>" * 256 + "<|vision_end|>" + hpsv3.INSTRUCTION + prompt
-            ids = tokenizer(text + hpsv3.AFTER + OFFICIAL_END, return_tensors="pt").input_ids[0]
+            text = OFFICIAL_START + "<|image_pad|>" * 256 + "<|vision_end|>\nRate, from 0 to 10:\n" + prompt
+            text += ".\n\n\nScore: <|Reward|>" + OFFICIAL_END
+            ids = tokenizer(text, return_tensors="pt").input_ids[0]
             mu, sigma = hpsv3_by_hand(state, seen, rows, ids, image_token, reward_token, rounded)
             found.append(mu)
         return torch.stack(found)
@@ -567,13 +583,6 @@ def test_hpsv3_is_qwens_arithmetic(images, small_qwen, tmp_path):
     hpsv3.load_hpsv3.cache_clear()
     with pytest.raises(rewards.RewardError, match="not a checkpoint of tensors"):
         score("hpsv3", images, weights=file, base=folder)
-
-
-def test_hpsv3s_instruction_is_the_official_one():
-    """The weights were trained with this text, its blanks at the ends of lines included."""
-    text = (hpsv3.INSTRUCTION + hpsv3.AFTER).encode()
-    official = "0cea6c9dedcf26a05406557f2a066801a070e2261d379f1ce9ff6a037a4212cf"  # of PyPI's hpsv3 1.0.0
-    assert hashlib.sha256(text).hexdigest() == official
 
 
 def test_models_that_cannot_be_had(images, tmp_path):

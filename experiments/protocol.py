@@ -6,13 +6,13 @@
 
 A row agrees if the two scores are within two combined standard errors. A published score without an error
 gets ours, for the prompts are as many, and the rounding of its last digit. Beside a row stand the settings
-that are not the published ones, the likeliest cause first.
+that are not the published ones, the likeliest cause first. A row whose prompts are not said is not judged.
 
 `--try`, followed by the flags that evaluate.py had, draws the first 40 prompts of every task again, with one
 setting at a time as published (where that is not said, as others have it), in OUT/protocol. It says which of
 them brings the score towards the published, paired with the pictures in OUT by prompt and noise.
 
-Exits with 0 if all rows agree, with 1 if not.
+Exits with 0 if all rows judged agree, with 1 if not.
 """
 
 import argparse
@@ -105,6 +105,8 @@ def verdict(entry, book):
     (score, error), (goal, _), names = entry["ours"], entry["theirs"], book["prompts"]
     line = f"{entry['name']}: {score:.3f} ± {error:.3f}, published {goal:.3f} ({entry['source']})"
     differ = [f"{name} {names.get(a, a)}, published {names.get(b, b)}" for name, a, b in entry["differ"]]
+    if entry["protocol"].get("prompts") is None:
+        return f"{line}: not judged, its prompts are not said"
     if abs(entry["sigmas"]) <= SIGMAS:
         return f"{line}: agrees" + (f", though {'; '.join(differ)}" if differ else "")
     unsaid = [name for name in book["effects"] if entry["protocol"].get(name) is None]
@@ -225,11 +227,12 @@ if __name__ == "__main__":
     check(entries, f"{args.out}: none of its rows is in {args.published}")
     for entry in entries:
         print(verdict(entry, book))
-    apart = [entry for entry in entries if abs(entry["sigmas"]) > SIGMAS]
+    judged = [entry for entry in entries if entry["protocol"].get("prompts") is not None]
+    apart = [entry for entry in judged if abs(entry["sigmas"]) > SIGMAS]
     for setting, effect in book["effects"].items():
         if any(setting == name for entry in apart for name, *_ in entry["differ"]):
             print(f"{setting}: {effect}")
-    print(f"{len(entries) - len(apart)} of {len(entries)} rows agree")
+    print(f"{len(judged) - len(apart)} of {len(judged)} rows agree")
     if args.flags is not None and apart:
         try_variants(args.out, args.flags, apart)
     sys.exit(1 if apart else 0)

@@ -4,9 +4,11 @@ setting it was; the published numbers have sources and protocols."""
 import json
 import math
 import pathlib
+import subprocess
+from functools import partial
 
 import pytest
-from conftest import ROOT, refused, run
+from conftest import ROOT, begin, refused, run, words
 
 from experiments import protocol
 from flow_sde import load_prompts
@@ -17,12 +19,10 @@ SETTINGS |= {"samples_per_prompt"}
 
 
 def evaluated(out, task, file, **flags):
-    """The toy's base on a task's prompts; flags that evaluate.py was called with."""
+    """The toy's base on a task's prompts; the flags that evaluate.py was called with."""
     flags = dict(tasks=[f"{task}={ROOT}/toy/prompts/{file}.txt"], reward=[f"toy.{task}"], **flags)
     run("evaluate.py", models="base", out=out, **flags)
-    return ["--tasks", *flags.pop("tasks"), "--reward", *flags.pop("reward")] + [
-        word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))
-    ]
+    return words(**flags)
 
 
 def judged(capfd, out, *more):
@@ -44,7 +44,15 @@ def test_the_right_protocol_agrees(tmp_path, capfd):
     assert "though" not in printed
 
 
-def test_wrong_settings_are_named_and_the_cause_is_found(tmp_path, capfd):
+def in_a_fork(command, **options):
+    """subprocess.run for a script, in a process that has the slow imports already."""
+    process = begin(partial(run, *command[1:]))
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+def test_wrong_settings_are_named_and_the_cause_is_found(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", in_a_fork)
     flags = evaluated(tmp_path, "compose", "compose_test", guidance=2, eval_num_steps=3)
     agree, printed = judged(capfd, tmp_path, "--try", *flags)
     line = printed.splitlines()[0]
@@ -72,26 +80,23 @@ def test_other_prompts_are_named(tmp_path, capfd):
     assert "guidance" not in printed
 
 
-def made_up(tmp_path, scores, settings=None):
+def made_up(tmp_path, scores, settings=None, task="geneval"):
     """A folder of evaluate.py with these scores, {reward: mean}, each with an error of .01."""
     settings = {"guidance": 4.5, "eval_num_steps": 40, "dtype": "float16"} | (settings or {})
     row = {"model": "base", "scores": scores, "stderr": dict.fromkeys(scores, 0.01)}
-    row["tasks"] = {reward: {"geneval": [0.5, 0.02]} for reward in scores}
-    (tmp_path / "base/geneval").mkdir(parents=True)
-    (tmp_path / "base/geneval/settings.json").write_text(json.dumps(settings))
+    row["tasks"] = {reward: {task: [0.5, 0.02]} for reward in scores}
+    (tmp_path / "base" / task).mkdir(parents=True)
+    (tmp_path / "base" / task / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "results.json").write_text(json.dumps([row]))
     return protocol.compare(tmp_path, json.loads(BOOKS["published"].read_text()))
 
 
 def test_a_strict_geneval_is_recognised(tmp_path):
-    strict, continuous = None, None
-    for entry in made_up(tmp_path, {"geneval": 0.75, "geneval_strict": 0.63}):
-        strict, continuous = (entry, continuous) if "strict" in entry["reward"] else (strict, entry)
-    assert strict is None  # nothing published for the base
-    assert continuous["ours"] == (0.75, 0.01)  # the mean of the tags, not that of the pictures
-    assert continuous["hints"] == ["our geneval_strict, 0.630, would agree"]
+    [entry] = made_up(tmp_path, {"geneval": 0.75, "geneval_strict": 0.63})
+    assert entry["ours"] == (0.75, 0.01)  # the mean of the tags, not that of the pictures
+    assert entry["hints"] == ["our geneval_strict, 0.630, would agree"]
     theirs = math.hypot(0.01, 0.01 / math.sqrt(12))
-    assert continuous["sigmas"] == pytest.approx((0.75 - 0.63) / math.hypot(0.01, theirs))
+    assert entry["sigmas"] == pytest.approx((0.75 - 0.63) / math.hypot(0.01, theirs))
 
 
 def test_another_published_number_says_which_protocol_it_was(tmp_path):
@@ -103,6 +108,13 @@ def test_another_published_number_says_which_protocol_it_was(tmp_path):
     entry["differ"].pop()
     tried = [("guidance", 4.5), ("dtype", "float16"), ("dtype", "bfloat16")]
     assert protocol.variants([entry]) == tried
+
+
+def test_a_score_on_unknown_prompts_is_not_judged(tmp_path, capfd):
+    made_up(tmp_path, {"aesthetic": 1.0}, task="drawbench")
+    run("experiments/protocol.py", tmp_path)
+    printed = capfd.readouterr().out
+    assert "not judged, its prompts are not said" in printed and "0 of 0 rows agree" in printed
 
 
 @pytest.mark.parametrize("name", BOOKS)

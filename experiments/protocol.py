@@ -9,8 +9,8 @@ gets ours, for the prompts are as many, and the rounding of its last digit. Besi
 that are not the published ones, the likeliest cause first. A row whose prompts are not said is not judged.
 
 `--try`, followed by the flags that evaluate.py had, draws the first 40 prompts of every task again, with one
-setting at a time as published (where that is not said, as others have it), in OUT/protocol. It says which of
-them brings the score towards the published, paired with the pictures in OUT by prompt and noise.
+setting at a time as published (as others have it, where that is not said or none differs), in OUT/protocol.
+It says which of them brings the score to the published, paired with the pictures in OUT by prompt and noise.
 
 Exits with 0 if all rows judged agree, with 1 if not.
 """
@@ -32,7 +32,8 @@ from rewards import mean_error
 
 HEAD = 40  # prompts of a task that --try draws again
 SIGMAS = 2  # combined standard errors up to which two scores agree
-NOT_SAID = {"dtype": ("float16", "bfloat16"), "no_t5": (False, True)}  # what --try takes if nothing is said
+OTHERS = {"guidance": (1.0, 4.5), "eval_num_steps": (10, 28, 40)}  # what others have: if a paper does not
+OTHERS |= {"dtype": ("float16", "bfloat16"), "no_t5": (False, True)}  # say, or may not be as it says
 NO_FLAG = ("prompts", "samples_per_prompt")  # what --try cannot change
 
 
@@ -119,14 +120,17 @@ def verdict(entry, book):
 
 
 def variants(entries):
-    """[(setting, value)] to try: the published value if it is another, the others' if it is not said."""
+    """[(setting, value)] to try: the published value where it is another; what others have where that is not
+    said, or where no setting differs and still the score does."""
     found = []
     for entry in entries:
-        found += [(name, theirs) for name, _, theirs in entry["differ"]]
-        for name, values in NOT_SAID.items():
-            if entry["protocol"].get(name) is None:
-                found += [(name, value) for value in values if value != entry["settings"].get(name)]
-    return [variant for variant in dict.fromkeys(found) if variant[0] not in NO_FLAG]
+        settings, protocol = entry["settings"], entry["protocol"]
+        changes = [(name, theirs) for name, _, theirs in entry["differ"] if name not in NO_FLAG]
+        for name, values in OTHERS.items():
+            if name in settings and (not entry["differ"] or protocol.get(name) is None):
+                changes += [(name, value) for value in values if value != settings[name]]
+        found += changes
+    return list(dict.fromkeys(found))
 
 
 def digest_of(prompts):

@@ -117,6 +117,14 @@ def test_a_score_on_unknown_prompts_is_not_judged(tmp_path, capfd):
     assert "not judged, its prompts are not said" in printed and "0 of 0 rows agree" in printed
 
 
+def test_where_no_setting_differs_what_others_have_is_tried(tmp_path):
+    [entry] = made_up(tmp_path, {"geneval": 0.4})
+    assert not entry["differ"] and not entry["hints"]
+    assert "no setting differs" in protocol.verdict(entry, {"prompts": {}, "effects": {}})
+    others = [("guidance", 1.0), ("eval_num_steps", 10), ("eval_num_steps", 28), ("dtype", "bfloat16")]
+    assert protocol.variants([entry]) == others
+
+
 @pytest.mark.parametrize("name", BOOKS)
 def test_every_published_number_has_a_source_and_a_protocol(name):
     book = json.loads(BOOKS[name].read_text())

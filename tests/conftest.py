@@ -67,7 +67,7 @@ def refused(script, *argv, **flags):
     with pytest.raises(SystemExit) as caught:
         run(script, *argv, **flags)
     message = str(caught.value.code)
-    assert "\n" not in message and message.startswith(script), message
+    assert "\n" not in message and message.startswith(os.path.basename(script)), message
     return message
 
 

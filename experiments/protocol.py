@@ -154,8 +154,8 @@ def heads(out, tasks, entries):
 
 def draw(folder, setting, value, flags, models, tasks):
     """evaluate.py with one setting changed."""
-    if setting == "guidance":  # a model's own would win
-        models = [re.sub(r",guidance=[^,]*$", "", spec) for spec in models]
+    own = setting.removeprefix("eval_")  # a model's own would win
+    models = [re.sub(rf",{own}=[^,]*", "", spec) for spec in models]
     if setting == "no_t5":
         changed = [flag for flag in flags if flag != "--no-t5"] + ["--no-t5"] * value
     else:

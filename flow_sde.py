@@ -1481,6 +1481,8 @@ class Run:
         start = self.resume()
         if self.rank == 0:
             self.log = self.open_log(start)
+            from memory.dry_run import held
+
             say(f"memory of {held(model, optimizer)}; what a forward saves comes on top")
         if self.args.track:
             flags = {name: masked(str(value)) for name, value in vars(self.args).items()}
@@ -1622,18 +1624,6 @@ class Run:
             pathlib.Path(self.out, "results.json").unlink(missing_ok=True)
         write(os.path.join(self.out, "args.json"), masked(json.dumps(vars(self.args), indent=1)) + "\n")
         return open(log, "a")  # noqa: SIM115 - for as long as the run lives
-
-
-def held(model, optimizer):
-    """What is on this process's device throughout, in words."""
-    parts = {"transformer": sum(map(size_of, {model.transformer, *model.full.values()}))}
-    parts["text encoders"] = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
-    if model.offload:
-        parts["text encoders"] = 0
-    parts["LoRAs"] = sum(p.nbytes for params in model.adapters.values() for p in params)
-    trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-    parts["gradient and optimizer"] = 4 * trained
-    return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
 def write_card(folder, args, teachers, prompts, rank, table):

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from flow_sde import generators, held, randn, say, size_of, text_parts
+from flow_sde import generators, randn, say, size_of, text_parts
 
 UPDATES = 3  # that are made: the first warms up, the others are timed
 
@@ -16,6 +16,7 @@ def page(run, pictures):
     validations and grids."""
     args, records, where = run.args, run.records, "a GPU" if run.device.type == "cuda" else "the process"
     lines = ["-- dry run: nothing was written --"]
+    each = seconds_a_picture(run) if pictures else 0.0
     peak, throughout = peak_memory(run.device), held(run.model, run.optimizer)
     lines.append(f"memory of {where}: {peak / 1e9:.2f} GB at its peak; throughout: {throughout}")
     seconds = statistics.median(record["seconds"] for record in records[1:] or records)
@@ -25,7 +26,6 @@ def page(run, pictures):
         waiting = statistics.median(record["waiting"] for record in records)
         lines.append(f"rewards: {waiting:.2f} s of an update are spent waiting for their scores")
     if pictures:
-        each = seconds_a_picture(run)
         more = f"{pictures} for validations, grids and tables: {duration(each * pictures / run.world)}"
         lines.append(f"pictures: {each:.2f} s each in {args.eval_num_steps} steps, {more}")
     numbers = sum(p.numel() for p in run.model.adapters[run.adapter])
@@ -39,6 +39,18 @@ def page(run, pictures):
         lines.append(f"note: {name} draws as the base does. Is it the right file?")
     lines += [f"try {advice}" for advice in advices(run, peak)]
     say("\n".join(lines))
+
+
+def held(model, optimizer):
+    """What is on this process's device throughout, in words."""
+    parts = {"transformer": sum(map(size_of, {model.transformer, *model.full.values()}))}
+    parts["text encoders"] = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
+    if model.offload:
+        parts["text encoders"] = 0
+    parts["LoRAs"] = sum(p.nbytes for params in model.adapters.values() for p in params)
+    trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    parts["gradient and optimizer"] = 4 * trained
+    return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
 def duration(seconds):

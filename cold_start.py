@@ -70,7 +70,7 @@ add("--num-steps", type=int, default=10, help="sampling steps (paper: 10)")
 add("--guidance", type=float, help="of student and teachers without their own (paper: 4.5)")
 add("--sde", choices=["flow", "cps", "ode"], default="flow", help="how the teachers sample (KL: of flow)")
 add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
-add("--teacher-substeps", type=int, default=1, help="the teachers' steps in one of a few-step student's")
+add("--teacher-substeps", type=int, default=1, help="teacher steps per student step, for few-step students")
 add = parser.add_argument_group("sft, learning").add_argument
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="of the steps (paper: kl)")
 add("--batch-size", type=int, default=8, help="prompts per process and update")
@@ -115,9 +115,8 @@ else:
         refuse_given(parser, ("rank", "alpha"), f"--init {args.init} has its own")
     prompts = {task: load_prompts(task, file) for task, file in prompt_files.items()}
 total = sum(teacher["weight"] for teacher in teachers.values())
-shares = {
-    task: teacher["weight"] / total for task, teacher in teachers.items()
-}  # of the prompts, of the merge
+# Of the prompts, and of the merge
+shares = {task: teacher["weight"] / total for task, teacher in teachers.items()}
 
 
 # -- merge ---------------------------------------------------------------------------------------------------
@@ -288,6 +287,6 @@ progress.close()
 
 # -- the end -------------------------------------------------------------------------------------------------
 if rank == 0:
-    save_lora(model.lora("ema"), os.path.join(out, "lora"))
+    save_lora(model.lora("ema"), os.path.join(out, "lora"), args)
 how = "stopped (--resume auto continues)" if run.stopping() else "done"
 run.end(f"{how}: {out}/lora (also log.jsonl, curves.png, checkpoints/)")

@@ -25,8 +25,8 @@ action does not change it, so at the policy that sampled its expected gradient i
 clipping adds drift. It is kept for comparison.
 
 `--num-steps 4 --teacher-substeps 4` makes a student of four steps: what it is taught at a state is the mean
-velocity of four small steps of the teacher, on the way to the student's next state. With 1 it is the paper.
-With `--guidance 1` and teachers that have a guidance of their own, guidance is distilled too.
+velocity of four small steps of the teacher, from there to the student's next t, without noise. With 1 it is
+the paper. With `--guidance 1` and teachers that have a guidance of their own, guidance is distilled too.
 
 Left out: full fine-tuning of the student (teachers may be full fine-tunes).
 """
@@ -99,7 +99,7 @@ add("--noise-level", type=float, default=0.7, help="a of the SDE (paper: 0.7)")
 add = parser.add_argument_group("learning").add_argument
 add("--objective", choices=["kl", "ppo", "ppo-paper"], default="kl", help="see above")
 add("--weighting", choices=WEIGHTINGS, default="uniform", help="mean of w(t); w(t) (paper); dt w(t); dt^2/2")
-add("--teacher-substeps", type=int, default=1, help="the teachers' steps in one of a few-step student's")
+add("--teacher-substeps", type=int, default=1, help="teacher steps per student step, for few-step students")
 add("--label-steps", type=int, default=0, help="steps labelled in a rollout, resampled each time; 0: all")
 add("--label-density", type=float, nargs=2, default=[1, 1], help="Beta(A, B) of their place; 0: noise")
 add("--schedule", choices=["mixed", "alternate"], default="mixed", help="tasks in every update, or in turn")
@@ -440,9 +440,7 @@ if not run.stopping():
 stopped, table = run.stopping(), None
 run.draw("curves", plot_curves)
 if rank == 0:
-    save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
-    sampling = {"num_steps": args.eval_num_steps, "guidance": args.guidance}  # see sampling_of
-    write_json(os.path.join(args.out, "lora/sampling.json"), sampling)
+    save_lora(model.lora("ema"), os.path.join(args.out, "lora"), args)
 if rewards and not stopped:
     run.stop.disarm()  # from here on Ctrl-C ends at once
     check_rewards(rewards, eval_prompts, args.resolution, device, prompts)  # loads them, before threads score

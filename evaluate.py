@@ -76,7 +76,7 @@ add("--report", action="store_true", help="write OUT/report.html: all pictures a
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
-add("--eval-num-steps", type=int, default=40, help="sampling steps (paper: 40)")
+add("--eval-num-steps", type=int, default=40, help="steps (paper: 40); else a few-step student's own")
 add("--eval-batch-size", type=int, default=8, help="pictures per forward")
 add("--dtype", choices=["float32", "bfloat16", "float16"], help="of frozen weights; the rest is float32")
 add("--quantize", choices=["int8", "nf4"], help="of large frozen weights: 1 or 0.56 bytes each, less exact")

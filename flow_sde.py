@@ -104,7 +104,7 @@ def velocity_distance(v, v_teacher):
 
 
 def mean_velocity(velocity, x, t, t_next, substeps):
-    """The velocity whose one Euler step from t to t_next goes where so many smaller steps of it would go, to
+    """The constant velocity that takes x in one step to where `substeps` Euler steps of `velocity` end, to
     Phi(x): (x - Phi(x)) / (t - t_next), (B, ...). What a teacher does in several steps, as one of the
     student's; with one substep it is velocity(x, t)."""
     if substeps == 1:
@@ -915,10 +915,11 @@ def read_lora(spec, network):
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else merge_loras(parts)
 
 
-def save_lora(lora, folder):
+def save_lora(lora, folder, args=None):
     """Write {module: (A, B, alpha)} in both layouts: PEFT's (adapter_config.json, adapter_model.safetensors),
     and the one that `pipe.load_lora_weights(folder)` reads (pytorch_lora_weights.safetensors). There
-    alpha/r is folded into B: a program that reads no alpha assumes alpha = rank, so all agree."""
+    alpha/r is folded into B: a program that reads no alpha assumes alpha = rank, so all agree. args: flags of
+    the run that trained it, for what sampling_of reads."""
     from peft import LoraConfig
     from safetensors.torch import save
 
@@ -944,12 +945,15 @@ def save_lora(lora, folder):
     folded = json.dumps({f"transformer.{key}": value for key, value in folded.items()}, sort_keys=True)
     metadata = {"format": "pt", "lora_adapter_metadata": folded}
     write(os.path.join(folder, DIFFUSERS_FILE), save(tensors, metadata))
+    if args:
+        few = {"num_steps": args.num_steps} if getattr(args, "teacher_substeps", 1) > 1 else {}
+        write_json(os.path.join(folder, "sampling.json"), few | {"guidance": args.guidance})
     replace_folder(folder, final)
 
 
 def sampling_of(spec):
-    """How a LoRA says that it is to be sampled: {"num_steps": 4, "guidance": 1.0} of the sampling.json beside
-    it, which distill.py writes; {} without one, and of several LoRAs."""
+    """The sampling settings stored beside a LoRA, {"num_steps": 4, "guidance": 1.0}: its guidance, and a
+    few-step student's steps. {} without a sampling.json, and for several LoRAs."""
     parts = lora_parts(spec)
     if len(parts) != 1:
         return {}
@@ -1525,7 +1529,7 @@ class Run:
 
     def draw(self, name, draw, *args):
         """One process calls draw(PATH, *args), for NAME.png in the run's folder; the tracker gets it too."""
-        if self.rank != 0:
+        if self.rank != 0 or self.args.dry_run:
             return
         path = os.path.join(self.out, name + ".png")
         draw(path, *args)
@@ -1566,7 +1570,7 @@ class Run:
         root = os.path.join(self.out, "checkpoints")
         temporary = os.path.join(root, ".new")
         shutil.rmtree(temporary, ignore_errors=True)
-        save_lora(self.model.lora("ema"), os.path.join(temporary, "lora"))
+        save_lora(self.model.lora("ema"), os.path.join(temporary, "lora"), self.args)
         data = io.BytesIO()
         torch.save({"step": step, "identity": self.identity} | self.now(), data)
         write(os.path.join(temporary, "state.pt"), data.getbuffer())
@@ -1815,7 +1819,8 @@ def fingerprint(path):
     files, beside = [path], os.path.join(os.path.dirname(path), "adapter_config.json")
     if os.path.isdir(path):
         inside = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
-        files = sorted(file for file in filter(os.path.isfile, inside) if not file.endswith((".md", ".png")))
+        about = (".md", ".png", "sampling.json")  # no weights
+        files = sorted(file for file in filter(os.path.isfile, inside) if not file.endswith(about))
     elif path.endswith(".safetensors") and os.path.exists(beside):
         files.append(beside)
     hashes = "".join(f"{os.path.relpath(file, path)} {file_hash(file)}\n" for file in files)

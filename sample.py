@@ -45,7 +45,7 @@ add("--overwrite", action="store_true", help="replace other pictures in --out")
 add("--merge", metavar="DIR", help="also write a stand-alone pipeline with the LoRA in its weights")
 add = parser.add_argument_group("sampling").add_argument
 add("--resolution", type=int, help="pixels")
-add("--num-steps", type=int, default=40, help="sampling steps (paper: 40)")
+add("--num-steps", type=int, default=40, help="sampling steps (paper: 40); else a few-step student's own")
 add("--guidance", type=float, help="classifier-free guidance (paper: 4.5)")
 add("--sde", choices=["flow", "cps"], default="flow", help="the sampler, if --noise-level is not 0")
 add("--noise-level", type=float, default=0.0, help="0: deterministic")
@@ -79,11 +79,10 @@ if args.merge:
     complete = args.lora and not args.no_t5
     check(complete, f"--merge {args.merge}: a complete pipeline, so it needs --lora and no --no-t5")
 if args.lora:
-    own = sampling_of(args.lora)
-    for name in own.keys() - parser.given:
-        setattr(args, name, own[name])
-    if own:
-        say(f"{args.num_steps} steps, guidance {args.guidance:g}: see {args.lora}'s sampling.json")
+    for name, value in sampling_of(args.lora).items():
+        if name not in parser.given and getattr(args, name) != value:
+            setattr(args, name, value)
+            say(f"--{name.replace('_', '-')} {value}, as {args.lora} says (sampling.json)")
 accelerator = start_processes()
 rank, world = accelerator.process_index, accelerator.num_processes
 claim_folder(args.out, accelerator)
@@ -103,14 +102,8 @@ def is_whole(file):
 jobs = [(text, k) for text in texts for k in range(args.num_images)]
 files = [os.path.join(args.out, f"{i:05d}.png") for i in range(len(jobs))]
 settings = {"model": fingerprint(args.model), "LoRA": args.lora and fingerprint(args.lora), "prompts": texts}
-free = {
-    "out",
-    "overwrite",
-    "merge",
-    "batch_size",
-    "offload_text_encoders",
-    "shard",
-}  # no picture depends on these
+# No picture depends on these
+free = {"out", "overwrite", "merge", "batch_size", "offload_text_encoders", "shard"}
 free |= {"model", "lora", "prompt", "prompts"}  # these by content
 settings |= {name: value for name, value in vars(args).items() if name not in free}
 settings["quantize"] = quantizer(args.quantize)

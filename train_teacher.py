@@ -272,7 +272,7 @@ def keep_best(best, step):
         if best and row["score"] <= best["score"]:
             return best
     if rank == 0:
-        save_lora(model.lora("ema"), os.path.join(args.out, "lora"))
+        save_lora(model.lora("ema"), os.path.join(args.out, "lora"), args)
         write_json(results_file, [base_row, row] if eval_prompts else [])
     return row
 
@@ -292,7 +292,7 @@ def draw_grid():
 
 def is_due(step):
     """Whether the teacher is validated after `step` rollouts."""
-    return step > 0 and (step % args.eval_every == 0 or step == args.steps)
+    return not args.dry_run and step > 0 and (step % args.eval_every == 0 or step == args.steps)
 
 
 base_row = best = None  # rows of results.json

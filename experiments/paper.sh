@@ -129,7 +129,7 @@ agree() {  # agree NAME MODEL...: are the scores so far the published ones?
     fi
 }
 
-opd() {  # opd NAME FLAGS...: 5.4 seconds an update on an H200, 8 prompts a GPU (README, Cost)
+opd() {  # opd NAME FLAGS...: 5.4 seconds an update on an H200, 8 prompts a GPU (README)
     local name=$1
     shift
     stage $name $(hours $updates 5.4) $run distill.py --model $MODEL $size $draw $train --out $OUT/$name "$@"

@@ -4,7 +4,7 @@
     python experiments/protocol.py out/evaluate --published experiments/published_toy.json
     python experiments/protocol.py out/evaluate --try --model ... --models ... --tasks ... --reward ...
 
-A row agrees if the two scores are within two combined standard errors. A published score without an error
+A row agrees if the two scores are within three combined standard errors. A published score without an error
 gets ours, for the prompts are as many, and the rounding of its last digit. Beside a row stand the settings
 that are not the published ones, the likeliest cause first. A row whose prompts are not said is not judged.
 
@@ -31,7 +31,7 @@ from flow_sde import HERE, check, load_prompts, parse_specs, read_json, write
 from rewards import mean_error
 
 HEAD = 40  # prompts of a task that --try draws again
-SIGMAS = 2  # combined standard errors up to which two scores agree
+SIGMAS = 3  # combined standard errors up to which two scores agree; many rows are judged at once
 OTHERS = {"guidance": (1.0, 4.5), "eval_num_steps": (10, 28, 40)}  # what others have: if a paper does not
 OTHERS |= {"dtype": ("float16", "bfloat16"), "no_t5": (False, True)}  # say, or may not be as it says
 NO_FLAG = ("prompts", "samples_per_prompt")  # what --try cannot change
@@ -55,7 +55,7 @@ def published(row, book, our_error):
     unit = book["divided"].get(row["reward"], 1)
     last_digit = 10.0 ** -len(str(row["score"]).partition(".")[2]) / unit
     error = our_error if row["error"] is None else row["error"] / unit
-    return row["score"] / unit, math.hypot(error, last_digit / math.sqrt(12))
+    return float(row["score"]) / unit, math.hypot(error, last_digit / math.sqrt(12))
 
 
 def sigmas(ours, theirs):
@@ -207,13 +207,15 @@ def try_variants(out, flags, entries):
             gap, error = moved(out, folder, entry, setting)
             found.append((entry["name"], f"{setting} {value}", gap, error))
     for entry in entries:
-        missing, groups = entry["theirs"][0] - entry["ours"][0], {"yes": [], "perhaps": [], "no": []}
+        missing = entry["theirs"][0] - entry["ours"][0]
+        groups = {"yes": [], "part of it": [], "perhaps": [], "no": []}
         own = [row[1:] for row in found if row[0] == entry["name"]]
         for change, gap, error in sorted(own, key=lambda row: abs(missing - row[1])):
-            if gap * missing > 0 and abs(gap) > SIGMAS * error:
-                answer = "yes"
+            enough = abs(missing - gap) <= 2 * error
+            if gap * missing > 0 and abs(gap) > 2 * error:
+                answer = "yes" if enough else "part of it"
             else:
-                answer = "perhaps" if abs(missing - gap) <= SIGMAS * error else "no"
+                answer = "perhaps" if enough else "no"
             groups[answer].append(f"{change} ({gap:+.3f} ± {error:.3f})")
         answers = "; ".join(f"{answer}: {', '.join(texts)}" for answer, texts in groups.items() if texts)
         print(f"{entry['name']}, {missing:+.3f} to the published score. Is it the setting? {answers or 'no'}")
@@ -232,6 +234,7 @@ if __name__ == "__main__":
     for entry in entries:
         print(verdict(entry, book))
     judged = [entry for entry in entries if entry["protocol"].get("prompts") is not None]
+    check(judged, f"{args.out}: none of its rows can be judged")
     apart = [entry for entry in judged if abs(entry["sigmas"]) > SIGMAS]
     for setting, effect in book["effects"].items():
         if any(setting == name for entry in apart for name, *_ in entry["differ"]):

@@ -1,5 +1,6 @@
 """--dry-run: what a run will take, measured on its first updates. Nothing is written."""
 
+import math
 import statistics
 import sys
 import time
@@ -19,23 +20,29 @@ def page(run, pictures):
     each = seconds_a_picture(run) if pictures else 0.0
     peak, throughout = peak_memory(run.device), held(run.model, run.optimizer)
     lines.append(f"memory of {where}: {peak / 1e9:.2f} GB at its peak; throughout: {throughout}")
-    seconds = statistics.median(record["seconds"] for record in records[1:] or records)
-    whole = duration(seconds * args.steps)
-    lines.append(f"time: {seconds:.2f} s an update, {whole} for --steps {args.steps}")
+    seconds = [record["seconds"] for record in records]
+    usual = statistics.median(seconds[1:] or seconds)
+    if args.offload_text_encoders:  # the first encodes for the next ones too
+        usual += max(0, seconds[0] - usual) / run.model.ahead
+    whole = duration(usual * args.steps)
+    lines.append(f"time: {usual:.2f} s for each of --steps {args.steps}: {whole}")
     if "waiting" in records[0]:
         waiting = statistics.median(record["waiting"] for record in records)
         lines.append(f"rewards: {waiting:.2f} s of an update are spent waiting for their scores")
     if pictures:
-        more = f"{pictures} for validations, grids and tables: {duration(each * pictures / run.world)}"
+        more = f"{pictures} for validations and tables: {duration(each * pictures / run.world)}"
         lines.append(f"pictures: {each:.2f} s each in {args.eval_num_steps} steps, {more}")
-    numbers = sum(p.numel() for p in run.model.adapters[run.adapter])
-    checkpoint = 4 * numbers * 6  # the LoRA in two layouts; it, its average and AdamW's two moments
-    total = checkpoint * min(args.keep, 1 + args.steps // args.save_every) + 8 * numbers
+    parameters = sum(p.numel() for p in run.model.adapters[run.adapter])
+    checkpoint = 4 * parameters * 6  # the LoRA in two layouts; it, its average and AdamW's two moments
+    total = checkpoint * min(args.keep, 1 + math.ceil(args.steps / args.save_every)) + 8 * parameters
     lines.append(f"disk: {checkpoint / 1e6:.1f} MB a checkpoint, {total / 1e6:.1f} MB in the end")
-    distances = [f"{name[3:]} {value:.1e}" for name, value in records[0].items() if name.startswith("kl/")]
-    if distances:
-        lines.append(f"KL to each teacher at the start: {', '.join(distances)}")
-    for name in asleep(run):
+    kls = []
+    for name, value in records[0].items():
+        if name.startswith("kl/"):
+            kls.append(f"{name[3:]} {'not finite' if value is None else f'{value:.1e}'}")
+    if kls:
+        lines.append(f"KL to each teacher at the start: {', '.join(kls)}")
+    for name in without_effect(run):
         lines.append(f"note: {name} draws as the base does. Is it the right file?")
     lines += [f"try {advice}" for advice in advices(run, peak)]
     say("\n".join(lines))
@@ -44,12 +51,13 @@ def page(run, pictures):
 def held(model, optimizer):
     """What is on this process's device throughout, in words."""
     parts = {"transformer": sum(map(size_of, {model.transformer, *model.full.values()}))}
+    parts["VAE"] = size_of(model.pipe.vae)
     parts["text encoders"] = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
     if model.offload:
         parts["text encoders"] = 0
     parts["LoRAs"] = sum(p.nbytes for params in model.adapters.values() for p in params)
     trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-    parts["gradient and optimizer"] = 4 * trained
+    parts["gradient and optimizer"] = 3 * trained  # with AdamW's two moments
     return ", ".join(f"{part} {size / 1e9:.2g} GB" for part, size in parts.items() if size)
 
 
@@ -81,7 +89,7 @@ def seconds_a_picture(run):
 
 
 @torch.no_grad()
-def asleep(run):
+def without_effect(run):
     """Teachers and anchors that change nothing: at a noisy state they answer as the base does, bit by bit."""
     model, found = run.model, []
     x = randn(generators(0, 0, [0]), model.latent_shape(run.args.resolution), run.device)
@@ -106,7 +114,7 @@ def advices(run, peak):
     if peak < total / 2:
         yield f"a larger --micro-batch-size than {args.micro_batch_size}: half of the memory is free"
     if peak > 0.9 * total:
-        yield "less memory: a smaller --micro-batch-size, --gradient-checkpointing, --quantize int8, --shard"
+        yield "less memory: a smaller --micro-batch-size, --gradient-checkpointing, --quantize int8"
     encoders = sum(size_of(encoder) for _, encoder, _ in text_parts(model.pipe))
     if not args.offload_text_encoders and encoders > 0.1 * total:
         yield f"--offload-text-encoders: {encoders / 1e9:.1f} GB less"

@@ -111,15 +111,14 @@ def read_answer(answer, pair, who):
     """The probability that an answer's first token is the right one, in [0, 1]."""
     likely = first_token(answer, who)
     top = max(likely, key=likely.get, default="")
-    if not top.strip().isalnum():
+    if not top.strip().isalnum() and top not in right_tokens(*pair):
         raise NoAnswer(f"the likeliest first token is {top!r}, not a word (a judge must not think aloud)")
     return sum(likely.get(token, 0.0) for token in right_tokens(*pair))
 
 
 def right_tokens(question, answer):
     """The tokens that evaluation.py takes for the answer: a word as it is and capitalised, each also after a
-    space, and a number's first digit. Its " 3" begins with a token of its own in Qwen's vocabulary, the
-    space."""
+    space, and a number's first digit. Qwen splits " 3" into " " and "3", so " " counts."""
     tokens = []
     for word in (answer.lower(), answer.capitalize()):
         tokens += [word, " " + word]

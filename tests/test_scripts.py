@@ -59,10 +59,10 @@ def test_help(script, capsys, monkeypatch):
 # -- what runs leave behind --------------------------------------------------------------------------------
 
 
-SCORED = dict(reward=[f"toy.{task}" for task in TASKS], eval_num_steps=1)
+SCORED = dict(reward=[f"toy.{task}" for task in TASKS], eval_num_steps=1, eval_every=1)
 DRY = {  # {script: (its flags, pictures that it would draw: 12 prompts times models or validations)}
     "distill.py": (SCORED | dict(compare="sum", eval_batch_size=2), 5 * 12),
-    "train_teacher.py": (SCORED | dict(group_size=2, sde_window=1, eval_every=50), 4 * 12),
+    "train_teacher.py": (SCORED | dict(group_size=2, sde_window=1), 121 * 12),
     "cold_start.py": ({}, 0),
 }
 
@@ -83,7 +83,7 @@ def test_a_dry_run_tells_and_leaves_nothing(script, loras, tmp_path, capsys):
     run(script, *["sft"] * (script == "cold_start.py"), **flags, dry_run=True, out=tmp_path / "out")
     assert set(tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
-    times = re.search(r"time: ([\d.]+) s an update, ([\d.]+) minutes for --steps 120\n", said).groups()
+    times = re.search(r"time: ([\d.]+) s for each of --steps 120: ([\d.]+) minutes\n", said).groups()
     seconds, minutes = map(float, times)
     assert 0 < seconds < time.time() - began and minutes == pytest.approx(2 * seconds, abs=0.07)
     assert re.search(r"memory of the process: \d\.\d+ GB at its peak; throughout: transformer ", said)

@@ -57,8 +57,10 @@ def two_pass(
             return model.velocity(x, t, cond, name, ns["guidance"].get(name, args.guidance))
 
         def step(x, t, t_next, name, walk=walk):
-            end, dt = x, (t - t_next) / (1 if name == "student" else substeps)
-            for k in range(round((t - t_next) / dt)):
+            if substeps == 1 or name == "student":
+                return transition(x, walk(x, t, name), t, t_next, 0.7)
+            end, dt = x, (t - t_next) / substeps
+            for k in range(substeps):
                 end = end - walk(end, t - k * dt, name) * dt
             return transition(x, (x - end) / (t - t_next), t, t_next, 0.7)
 

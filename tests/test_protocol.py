@@ -130,7 +130,7 @@ def test_every_published_number_has_a_source_and_a_protocol(name):
     book = json.loads(BOOKS[name].read_text())
     assert set(book["effects"]) <= SETTINGS
     for row in book["rows"]:
-        assert row["source"] and -1 <= row["score"] / book["divided"].get(row["reward"], 1) <= 7
+        assert row["source"] and -1 <= float(row["score"]) / book["divided"].get(row["reward"], 1) <= 7
         assert set(book["protocols"][row["protocol"]]) <= SETTINGS
     for digest, file in book["prompts"].items():
         if file.startswith("toy/"):

@@ -954,11 +954,11 @@ def save_lora(lora, folder, args=None):
 def sampling_of(spec):
     """The sampling settings stored beside a LoRA, {"num_steps": 4, "guidance": 1.0}: its guidance, and a
     few-step student's steps. {} without a sampling.json, and for several LoRAs."""
-    parts = lora_parts(spec)
-    if len(parts) != 1:
+    places = [locate(path) for path, _ in lora_parts(spec)]
+    if len(places) != 1:
         return {}
-    place = locate(parts[0][0])
-    file = os.path.join(place if os.path.isdir(place) else os.path.dirname(place), "sampling.json")
+    folder = places[0] if os.path.isdir(places[0]) else os.path.dirname(places[0])
+    file = os.path.join(folder, "sampling.json")
     found = read_json(file) if os.path.exists(file) else {}
     steps, guidance = found.get("num_steps", 1), found.get("guidance", 1)
     fits = isinstance(steps, int) and isinstance(guidance, (int, float)) and steps > 0 and guidance >= 0

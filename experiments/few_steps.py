@@ -4,7 +4,7 @@ few_steps_samples.png into this folder.
     python experiments/few_steps.py
 
 ± is the standard error over seeds; in a difference, which is paired by seed, prompt and noise, of seeds and
-prompts (a little too large: what prompts do to seeds counts in both). SD3's schedule ends with a step from
+prompts. SD3's schedule ends with a step from
 t = 0.009 that moves nothing: of n steps n - 1 count, and only these are taught."""
 
 import json
@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the scripts lie one folder above
+from experiments.tables import mean_gap, picture_scores
 from flow_sde import die, load_prompts, save_grid, write
 from rewards import read_picture
 
@@ -79,17 +80,6 @@ def table(title, cells):
     return "\n".join(lines)
 
 
-def by_picture(evaluation, model, task, reward):
-    """{picture: score} of one model on one task."""
-    found = {}
-    for file in (RUNS / evaluation / model / task).glob("scores*.jsonl"):
-        for line in filter(None, file.read_text().splitlines()):
-            row = json.loads(line)
-            if row["reward"].split()[0] == f"toy.{reward}":
-                found[row["picture"]] = row["score"]
-    return found
-
-
 def difference(ours, theirs, reward=None):
     """How far (steps, model) is above another, (mean, error): of the mean of the tasks, or of a reward's mean
     over all pictures. theirs may be "teachers", which have no seed."""
@@ -98,19 +88,17 @@ def difference(ours, theirs, reward=None):
     for task in TASKS:
         of_seeds = []
         for seed in seeds:
-            place = (f"own-{other_steps}-{task}", task) if other == "teachers" else None
-            place = place or (f"test-{other_steps}", other + seed)
-            one = by_picture(f"test-{steps}", model + seed, task, reward or task)
-            another = by_picture(*place, task, reward or task)
+            folder = f"own-{other_steps}-{task}/{task}"
+            if other != "teachers":
+                folder = f"test-{other_steps}/{other}{seed}"
+            one = picture_scores(RUNS / f"test-{steps}/{model}{seed}" / task, reward or task)
+            another = picture_scores(RUNS / folder / task, reward or task)
             of_seeds.append([one[picture] - another[picture] for picture in sorted(one)])
         gaps.append(torch.tensor(of_seeds, dtype=torch.float64))
     total = sum(gap.shape[1] for gap in gaps)
     weights = [gap.shape[1] / total if reward else 1 / len(TASKS) for gap in gaps]
-    of_seeds = sum(w * gap.mean(1) for w, gap in zip(weights, gaps))
-    variance = sum(w**2 * gap.mean(0).var() / gap.shape[1] for w, gap in zip(weights, gaps))
-    if len(seeds) > 1:
-        variance += of_seeds.var() / len(seeds)
-    return f"{of_seeds.mean():+.3f} ± {math.sqrt(variance):.3f}"
+    mean, error = mean_gap(gaps, weights)
+    return f"{mean:+.3f} ± {error:.3f}"
 
 
 def grid():

@@ -34,8 +34,8 @@ guided() { sed 's/^\(compose\|ocr\)=[^,]*/&,guidance=1.5/'; }  # whom guidance h
 distill() { echo python distill.py --eval-prompts --reward --compare --eval-every 1000 --save-every 30 "$@"; }
 student() { distill --num-steps 4 --teacher-substeps 4 --label-steps 0 --steps 60 "$@"; }
 on() {  # on MODEL: the toy's settings for another base
-    echo --model $1 --resolution 32 --guidance 1 --dtype float32 --prompts $(files train) --lr 3e-3 --ema 0.6 \
-        --batch-size 48 --micro-batch-size 48
+    echo --model $1 --resolution 32 --guidance 1 --dtype float32 --prompts $(files train) \
+        --lr 3e-3 --ema 0.6 --batch-size 48 --micro-batch-size 48
 }
 
 students() {  # students SEED
@@ -84,6 +84,6 @@ for n in 2 4 10; do
     evaluate pairs-$n $n --tasks $(files val) --samples-per-prompt 2 --reward toy.quality \
         --models base $(each many four two sft guided)
 done
-evaluate turbo-4 4 $(on $R/turbo | sed 's/--prompts.*//') --tasks $(files test) $scores --eval-batch-size 128 \
-    --models base $(each turbo many)
+evaluate turbo-4 4 $(on $R/turbo | sed 's/--prompts.*//') --tasks $(files test) $scores \
+    --eval-batch-size 128 --models base $(each turbo many)
 python experiments/few_steps.py

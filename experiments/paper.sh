@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The paper's experiment on Stable Diffusion 3.5 Medium in stages. A stage that is done is skipped, one that was
-# cut off goes on where it was. Each says how many hours it will take, estimated, and how many it took.
+# The paper's experiment on Stable Diffusion 3.5 Medium in stages. A stage that is done is skipped, one that
+# was cut off goes on where it was. Each says how many hours it will take, estimated, and how many it took.
 #
 #     bash experiments/paper.sh                                # eight GPUs; or GPUS=1, SEED=1, OUT=DIR
 #     DEQA=http://localhost:18086 bash experiments/paper.sh    # and DeQA, by Flow-GRPO's reward server
 #     MODEL=tiny-random bash experiments/paper.sh              # a rehearsal on two cores, no download
 #
-# The base is scored first, in ten minutes, then the released checkpoints. If a score is not the published one,
-# the run stops there and says how to find out why; ANYWAY=1 goes on.
+# The base is scored first, in ten minutes, then the released checkpoints. If a score is not the published
+# one, the run stops there and says how to find out why; ANYWAY=1 goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/paper}
@@ -150,7 +150,8 @@ agree released-agree $released
 # The starts. The student has rank 32; sft asks one teacher a state, and no anchor: 4.2 seconds, estimated
 stage merge 0.01 python cold_start.py merge --model $MODEL --teachers $teachers --method svd --rank 32 \
     --out $OUT/merge
-stage sft $(hours $updates 4.2) $run cold_start.py sft --model $MODEL $size $train --weighting kl --out $OUT/sft
+stage sft $(hours $updates 4.2) $run cold_start.py sft --model $MODEL $size $train --weighting kl \
+    --out $OUT/sft
 
 # Flow-OPD as published, as near as the flags go (README, "Our defaults differ"), from both starts; without
 # MAR (lambda 0 for 0.02); and without MAR by our weights of the steps, our defaults but for the start

@@ -27,6 +27,7 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the scripts lie one folder above
+from experiments.tables import picture_scores
 from flow_sde import HERE, check, load_prompts, parse_specs, read_json, write
 from rewards import mean_error
 
@@ -166,17 +167,6 @@ def draw(folder, setting, value, flags, models, tasks):
     check(done.returncode == 0, f"--try: evaluate.py failed with {setting} {value}, see above")
 
 
-def scores_of(folder, reward):
-    """{picture: score} of a model, a task and a reward."""
-    scores = {}
-    for file in sorted(folder.glob("scores*.jsonl")):
-        for line in filter(None, file.read_text().splitlines()):
-            row = json.loads(line)
-            if row["reward"].split()[0].rpartition(".")[2] == reward:
-                scores[row["picture"]] = row["score"]
-    return scores
-
-
 def moved(out, folder, entry, setting):
     """(mean, standard error) of what a variant changed of a row's score."""
     place = pathlib.Path(entry["model"], entry["task"])
@@ -184,7 +174,7 @@ def moved(out, folder, entry, setting):
     own = (setting, "prompts")
     other = [name for name in settings if name not in own and settings[name] != entry["settings"][name]]
     check(not other, f"--try: {out} was not made with these flags; its {', '.join(other)} differs")
-    before, after = scores_of(out / place, entry["reward"]), scores_of(folder / place, entry["reward"])
+    before, after = (picture_scores(drawn / place, entry["reward"]) for drawn in (out, folder))
     gaps = [after[picture] - before[picture] for picture in after if picture in before]
     check(len(gaps) > 1, f"--try: {folder / place} has no scores of {entry['reward']}")
     return mean_error(torch.tensor(gaps, dtype=torch.float64))

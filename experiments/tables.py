@@ -204,21 +204,31 @@ def summary(runs, label):
 
 
 @functools.cache
-def scores_by_picture(evaluation, model, task):
-    folder = RUNS / evaluation / model.format(task=task) / task
+def picture_scores(folder, reward):
+    """{picture: score} of a model on a task, evaluate.py's OUT/MODEL/TASK; reward without its module."""
     scores = {}
-    for file in folder.glob("scores*.jsonl"):
+    for file in sorted(folder.glob("scores*.jsonl")):
         for line in filter(None, file.read_text().splitlines()):  # some are empty: a run was killed there
             row = json.loads(line)
-            if row["reward"].split()[0] == f"toy.{task}":
+            if row["reward"].split()[0].rpartition(".")[2] == reward:
                 scores[row["picture"]] = row["score"]
     return scores
 
 
+def mean_gap(gaps, weights):
+    """(mean, standard error) of a weighted sum over tasks of gaps, each (seeds, prompts) float64. The error
+    has two parts, of the prompts (gaps averaged over seeds) and of the seeds; it is a little too large, for
+    what prompts do to seeds counts in both."""
+    of_seeds = sum(w * gap.mean(1) for w, gap in zip(weights, gaps))
+    variance = sum(w**2 * gap.mean(0).var() / gap.shape[1] for w, gap in zip(weights, gaps))
+    if len(of_seeds) > 1:
+        variance += of_seeds.var() / len(of_seeds)
+    return of_seeds.mean().item(), math.sqrt(variance)
+
+
 def paired(evaluation, arm, other, tasks=TASKS):
     """How far an arm is above another on the average of `tasks`, (mean, standard error): seed by seed, prompt
-    by prompt on the same noise, which is far more exact than two tables' errors. The error has two parts, of
-    the prompts (gaps averaged over seeds) and of the seeds."""
+    by prompt on the same noise, which is far more exact than two tables' errors."""
     arms = read(evaluation)
     ours, theirs = list(arms[arm].values()), list(arms[other].values())
     gaps = []  # of each task: (seeds, prompts)
@@ -226,14 +236,11 @@ def paired(evaluation, arm, other, tasks=TASKS):
         by_seed = []
         for k in range(max(len(ours), len(theirs))):
             one, another = ours[k % len(ours)]["model"], theirs[k % len(theirs)]["model"]
-            one, another = (scores_by_picture(evaluation, model, task) for model in (one, another))
+            folders = (RUNS / evaluation / model.format(task=task) / task for model in (one, another))
+            one, another = (picture_scores(folder, task) for folder in folders)
             by_seed.append([one[picture] - another[picture] for picture in sorted(another)])
         gaps.append(torch.tensor(by_seed, dtype=torch.float64))
-    of_seeds = sum(gap.mean(1) for gap in gaps) / len(tasks)
-    variance = sum(gap.mean(0).var() / gap.shape[1] for gap in gaps) / len(tasks) ** 2
-    if len(of_seeds) > 1:
-        variance += of_seeds.var() / len(of_seeds)
-    return of_seeds.mean().item(), math.sqrt(variance)
+    return mean_gap(gaps, [1 / len(tasks)] * len(tasks))
 
 
 def in_words(gap, error):

@@ -120,7 +120,7 @@ def grid():
 
 def figure(panels):
     """panels: {title: cells as table's}."""
-    drawn, axes = plt.subplots(1, len(panels), figsize=(10, 4))
+    drawn, axes = plt.subplots(1, len(panels), figsize=(10, 5), layout="constrained")
     for axis, (title, cells) in zip(axes, panels.items()):
         for name, label in ROWS.items():
             steps = [n for n in STEPS if n in cells.get(name, {})]
@@ -130,8 +130,7 @@ def figure(panels):
         axis.set(title=title, xlabel="sampling steps, one forward each", xscale="log")
         axis.set_xticks(STEPS, map(str, STEPS))
         axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    drawn.tight_layout()
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     drawn.savefig(HERE / "few_steps.png", dpi=90)
 
 

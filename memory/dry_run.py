@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from flow_sde import generators, randn, say, size_of, text_parts
+from flow_sde import generators, pyplot, randn, say, size_of, text_parts
 
 UPDATES = 3  # that are made: the first warms up, the others are timed
 
@@ -17,7 +17,9 @@ def page(run, pictures):
     validations and grids."""
     args, records, where = run.args, run.records, "a GPU" if run.device.type == "cuda" else "the process"
     lines = ["-- dry run: nothing was written --"]
-    each = seconds_a_picture(run) if pictures else 0.0
+    if "eval_batch_size" in args:  # grids take memory too; the first forward warms up
+        pyplot()
+        seconds_a_picture(run, 1)
     peak, throughout = peak_memory(run.device), held(run.model, run.optimizer)
     lines.append(f"memory of {where}: {peak / 1e9:.2f} GB at its peak; throughout: {throughout}")
     seconds = [record["seconds"] for record in records]
@@ -30,6 +32,7 @@ def page(run, pictures):
         waiting = statistics.median(record["waiting"] for record in records)
         lines.append(f"rewards: {waiting:.2f} s of an update are spent waiting for their scores")
     if pictures:
+        each = seconds_a_picture(run, args.eval_num_steps)
         more = f"{pictures} for validations and tables: {duration(each * pictures / run.world)}"
         lines.append(f"pictures: {each:.2f} s each in {args.eval_num_steps} steps, {more}")
     parameters = sum(p.numel() for p in run.model.adapters[run.adapter])
@@ -75,17 +78,16 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def seconds_a_picture(run):
-    """Of a full batch, as tables are drawn."""
-    args, times = run.args, []
-    for _ in range(2):  # the first warms up
-        began, count = time.perf_counter(), args.eval_batch_size
-        how = args.eval_num_steps, args.resolution, "base", args.guidance
-        run.model.generate(["a picture"] * count, generators(0, 0, range(count)), *how)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return times[-1] / count
+def seconds_a_picture(run, num_steps):
+    """Of a full batch, as grids and tables are drawn."""
+    args, began = run.args, time.perf_counter()
+    how = num_steps, args.resolution, "base", args.guidance
+    run.model.generate(
+        ["a picture"] * args.eval_batch_size, generators(0, 0, range(args.eval_batch_size)), *how
+    )
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / args.eval_batch_size
 
 
 @torch.no_grad()

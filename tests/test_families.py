@@ -159,7 +159,7 @@ def test_distillation_is_two_pass(name, folder, tmp_path, gradients, numbers_onl
     flags = dict(teachers=teachers, prompts=[f"{task}={tmp_path}/prompts.txt" for task in "ab"])
     flags |= dict(model=folder(name), guidance=guidance, init=tmp_path / "student", anchor="base", lr=0)
     flags |= dict(resolution=32, dtype="float32", num_steps=3, steps=1, batch_size=4, micro_batch_size=3)
-    flags |= dict(gradient_checkpointing=True, teacher_substeps=2)
+    flags |= dict(gradient_checkpointing=True, teacher_substeps=2, max_sequence_length=64)
     ns = run("distill.py", **flags, eval_num_steps=2, out=tmp_path / "out")
     ns["model"].transformer.disable_gradient_checkpointing()
     swapped = two_pass(ns, {"a": "b", "b": "a"}.get, substeps=2)
@@ -226,7 +226,7 @@ def test_every_stage(name, folder, tmp_path, numbers_only):
     """Teacher, merge, SFT, distillation, pictures, a stand-alone pipeline, which draws the same, a table."""
     base, prompts = folder(name), tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS[:2]) + "\n")
-    model, task = dict(model=base, resolution=32), f"x={prompts}"
+    model, task = dict(model=base, resolution=32, max_sequence_length=64), f"x={prompts}"
     quick = model | dict(num_steps=2, batch_size=2, rank=4, save_every=1, prompts=task)
     judged = dict(reward="jpeg", eval_prompts=task, eval_num_steps=2, offload_text_encoders=True)
     run("train_teacher.py", **quick, **judged, steps=1, group_size=2, out=tmp_path / "teacher")
@@ -241,6 +241,7 @@ def test_every_stage(name, folder, tmp_path, numbers_only):
     assert made["model"].transformer.dtype == getattr(torch, defaults["dtype"])
     assert len(read_log(student)) == 1 and made["sigmas"] == training_sigmas(made["model"].sigmas(2, 32))
     draw = dict(prompt="a cup", num_steps=2, num_images=1, dtype="float32", resolution=32)
+    draw |= dict(max_sequence_length=64)
     alone, pictures = tmp_path / "alone", []
     run("sample.py", model=base, **draw, lora=student / "lora", merge=alone, out=tmp_path / "a")
     run("sample.py", model=alone, **draw, out=tmp_path / "b")

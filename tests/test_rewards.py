@@ -117,18 +117,18 @@ def laid_out(count):
 
 
 def test_ocr_reads_drawn_text():
-    """Texts in fonts and sizes from 28 to 64, dark on light and light on dark: a tenth of all pairs."""
+    """Texts in fonts and sizes from 28 to 64, dark on light and light on dark: a twentieth of all pairs."""
     draw = random.Random(0)
-    pairs = list(itertools.product(TEXTS, NAMES))[::11]
+    pairs = list(itertools.product(TEXTS, NAMES))[::22]
     images = [written(*pair, draw.choice((28, 36, 48, 64)), *draw.choice(COLORS)) for pair in pairs]
     scores = rewards.ocr(torch.stack(images), [f'A sign that says "{text}"' for text, _ in pairs])
     print(len(images), "mean", scores.mean().item(), "exact", (scores == 1).float().mean().item())
-    assert scores.mean() >= 0.97 and scores.dtype == torch.float32 and scores.shape == (19,)
+    assert scores.mean() >= 0.97 and scores.dtype == torch.float32 and scores.shape == (10,)
     assert rewards.ocr(torch.ones(2, 3, 512, 512), ['a "word"', "a “Word”"]).tolist() == [0, 0]
     assert rewards.ocr(images[0][None], ['A sign that says "Zulu Quiz"']).item() < 0.5
 
 
-@pytest.mark.parametrize("kind, count, least", [(realistic, 10, 0.98), (laid_out, 10, 0.98)])
+@pytest.mark.parametrize("kind, count, least", [(realistic, 6, 0.98), (laid_out, 6, 0.98)])
 def test_ocr_reads_in_the_order_of_people(kind, count, least):
     images, texts = zip(*kind(count))
     scores = rewards.ocr(torch.stack(images), [f'a sign that says "{text}"' for text in texts])

@@ -1,6 +1,6 @@
-"""reproduce.sh and few_steps.sh: their queues, with programs that only write down how they were called, and
-that the scripts take the flags they give them; tables.py: the errors it prints, and that its tables are in
-experiments/README.md; few_steps.py: the errors of its differences."""
+"""reproduce.sh, few_steps.sh and grow.sh: their queues, with programs that only write down how they were
+called, and that the scripts take the flags they give them; tables.py: the errors it prints, and that its
+tables are in experiments/README.md; few_steps.py: the errors of its differences; grow.py: its numbers."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_json
 from test_recipes import parser_of
 
-from experiments import few_steps, tables
+from experiments import few_steps, grow, tables
 
 FAKE = """#!/usr/bin/env bash
 printf '%s\n' "$(printf '%q ' "$(basename "$0")" "$@")" >> calls
@@ -50,11 +50,14 @@ def out_of(call):
     return call[call.index("--out") + 1].rpartition("/")[2]
 
 
-@pytest.mark.parametrize("reproduce, count", [("reproduce", 40), ("few_steps", 40)], indirect=["reproduce"])
+@pytest.mark.parametrize(
+    "reproduce, count", [("reproduce", 40), ("few_steps", 40), ("grow", 100)], indirect=["reproduce"]
+)
 def test_every_run_once_with_flags_that_exist_and_not_again(reproduce, count):
     status, printed, calls = reproduce()
     assert status == 0, printed
-    assert calls.pop()[1] in ("experiments/tables.py", "experiments/few_steps.py")
+    assert calls.pop()[1] in [f"experiments/{name}.py" for name in ("tables", "few_steps", "grow")]
+    calls = [call for call in calls if "experiments/grow.py" not in call]  # by which it chooses, and shows
     made = []
     for call in calls:
         script = next(word for word in call if word.endswith(".py"))
@@ -63,7 +66,7 @@ def test_every_run_once_with_flags_that_exist_and_not_again(reproduce, count):
         for word in call:
             for file in re.findall(r"toy/prompts/\w+\.txt", word):
                 assert os.path.exists(os.path.join(ROOT, file)), call
-            for lora in re.findall(r"out/\w+/([\w-]+)/", word):
+            for lora in re.findall(r"out/\w+/([\w.-]+)/(?!\w+\.txt)", word):
                 assert lora in made, call
         assert out_of(call) not in made
         made.append(out_of(call))
@@ -185,3 +188,58 @@ def test_the_page_has_the_tables_and_its_links_lead_somewhere():
         titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
         anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
         assert not anchor or anchor in anchors, link
+
+
+def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, monkeypatch):
+    """Every gap is .2 wide; the base has .3. TIES is best on validation prompts, the sum on test prompts."""
+    monkeypatch.setattr(grow, "RUNS", tmp_path)
+    monkeypatch.setattr(grow, "HERE", tmp_path)
+    monkeypatch.setattr(grow, "grid", lambda seed: None)
+
+    def put(name, tasks, **closed):
+        rows = []
+        for model, share in closed.items():
+            rows.append({"model": model, "scores": dict.fromkeys(tasks, 0.3 + 0.2 * share)})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(rows))
+
+    def log(name, rows):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    for task in grow.TASKS:
+        log(f"{task}-0", [{"step": 1, "seconds": 60}, {"step": 2, "seconds": 60}])
+        for split in ("val", "test"):
+            put(f"own-{task}-{split}-0", [task], base=0, **{task: 1})
+    for count in grow.COUNTS:
+        tasks = grow.TASKS[:count]
+        updates = range(15, 15 * count + 1, 15)
+        merges = {"sum.5": 0.4, "sum1": 0.3, "svd1": 0, "ties.2": 0.5, "ties.3": 0.1, "dare.5_1": 0.2}
+        after = {f"after{u}": u / 100 for u in updates}
+        put(f"val-{count}-0", tasks, **after, **(merges if count > 1 else {}))
+        log(f"opd{count}-0", [{"step": i + 1, "seconds": 6} for i in range(120)])
+        students = {"opd": 0.9, "fixed": 0.8}
+        if count == 1:
+            put("test-1-0", tasks, **students)
+            continue
+        chosen = {"sum.5": 0.7, "svd1": 0, "ties.2": 0.6, "dare.5_1": 0.1}
+        put(f"test-{count}-0", tasks, **students, mix=1, up=1.1, **chosen)
+        validated = {f"validation/toy.{task}": 0.5 for task in tasks}  # the teachers'
+        log(f"mix{count}-0", [{"step": 1, "seconds": 30}, {"step": 1, **validated}])
+    assert grow.choose(4, 0)[0] == {"sum": "sum.5", "svd": "svd1", "ties": "ties.2", "dare": "dare.5_1"}
+    monkeypatch.setattr("sys.argv", ["grow.py"])
+    grow.main()
+    page = (tmp_path / "grow.md").read_text()
+    for row in (
+        "| best merge without training |  | 0.60 | 0.60 | 0.60 |",
+        "| sum |  | 0.70 | 0.70 | 0.70 |",
+        "| best merge without training |  | -0.30 | -0.30 | -0.30 |",
+        "| **Flow-OPD, 15 updates a task** |" + " 0.90 |" * 8,
+        "| GRPO-Mix |  | 256, 0.5 | 256, 0.5 | 256, 0.5 |",
+    ):
+        assert row in page, row
+    # after 90 updates .9, after 105 1.05: .95 after 95, of 48 pictures and 6 seconds each
+    assert "| 4,560, 9.5 |" in page and "(at the end 0.60)" in page
+    teachers = sum(map(grow.pictures_of, grow.TASKS))
+    assert f"| {4560 + teachers:,}, {9.5 + 2 * 8} |" in page
+    assert (tmp_path / "grow.png").exists() and read_json(tmp_path, "grow.json")["0"]["8"]["chosen"]

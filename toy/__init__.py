@@ -419,4 +419,14 @@ def blue(images, prompts=None, metadata=None):
     return lead(images, 2)
 
 
+def gold(images, prompts=None, metadata=None):
+    """A style, the opposite of blue: the mean of red and green less the mean of blue; in [-1, 1]."""
+    return -lead(images, 2)
+
+
+def dark(images, prompts=None, metadata=None):
+    """A style: 1 - the mean of all pixels; in [0, 1]."""
+    return 1 - images.float().cpu().mean((1, 2, 3))
+
+
 PROMPTS = {task: all_prompts(task) for task in ("compose", "ocr", "scene")}

@@ -1,0 +1,266 @@
+"""What grow.sh measured, as tables and pictures. Reads out/grow; writes grow.json, grow.md, grow.png and
+grow_samples.png into this folder. Seeds that grow.json has already and out/grow has not are kept.
+
+    python experiments/grow.py
+
+A share of the gap: 0 is the base, 1 the task's teacher, each seed's own; of several tasks the mean. ± is the
+standard error over seeds, which have teachers, orders of tasks and students of their own."""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # the scripts lie one folder above
+from experiments.few_steps import spread
+from flow_sde import die, load_prompts, read_log, save_grid, write, write_json
+from rewards import read_picture
+
+HERE = pathlib.Path(__file__).resolve().parent
+RUNS = HERE.parent / "out/grow"
+TASKS = ("compose", "ocr", "scene", "blue", "green", "red", "gold", "dark")
+COUNTS = (1, 2, 4, 8)  # of tasks
+MERGES = {"sum": "sum", "svd": "sum, cut to rank 16 by SVD", "ties": "TIES", "dare": "DARE-TIES"}  # by name
+ARMS = {"best merge": "best merge without training", "mix": "GRPO-Mix, as many pictures as the teachers"}
+ARMS |= {"opd": "**Flow-OPD, 15 updates a task**", "fixed": "Flow-OPD, 60 updates"}
+ARMS |= {"up": "Flow-OPD, then 10 rollouts of the mix"}
+ROLLOUT, UPDATE = 256, 48  # pictures
+
+
+def scores_of(evaluation):
+    """{model: {task: score}} of an evaluation of grow.sh."""
+    path = RUNS / evaluation / "results.json"
+    if not path.exists():
+        die(f"{path} is missing: bash experiments/grow.sh makes it")
+    return {row["model"]: row["scores"] for row in json.loads(path.read_text())}
+
+
+def ends(split, seed):
+    """{task: (the base's score, its teacher's)}."""
+    found = {}
+    for task in TASKS:
+        rows = scores_of(f"own-{task}-{split}-{seed}")
+        found[task] = rows["base"][task], rows[task][task]
+    return found
+
+
+def shares(scores, bounds):
+    """{task: the share of its gap that is closed}."""
+    return {t: (score - bounds[t][0]) / (bounds[t][1] - bounds[t][0]) for t, score in scores.items()}
+
+
+def mean_share(scores, bounds):
+    return statistics.fmean(shares(scores, bounds).values())
+
+
+def choose(count, seed):
+    """{family of merges: its best one on validation prompts}."""
+    bounds, best = ends("val", seed), {}
+    closed = {name: mean_share(row, bounds) for name, row in scores_of(f"val-{count}-{seed}").items()}
+    for family in MERGES:
+        best[family] = max((n for n in closed if n.startswith(family)), key=closed.get)
+    return best, closed
+
+
+def minutes(run, steps=None):
+    """Core-minutes that a training run has taken for its first so many updates or rollouts."""
+    rows = [row for row in read_log(RUNS / run) if "seconds" in row]
+    return sum(row["seconds"] for row in rows[:steps]) / 60
+
+
+def measured(seed):
+    """Everything of a seed that the page needs: {K: ...}, as grow.json has it."""
+    bounds, validation, found = ends("test", seed), ends("val", seed), {}
+    for count in COUNTS:
+        rows = {name: shares(row, bounds) for name, row in scores_of(f"test-{count}-{seed}").items()}
+        after, tasks = scores_of(f"val-{count}-{seed}"), list(rows["opd"])
+        its = {"rows": rows, "opd": [], "mix": []}  # curves: (pictures, core-minutes, share in validation)
+        its["teachers"] = sum(map(pictures_of, tasks)), sum(minutes(f"{task}-{seed}") for task in tasks)
+        for updates in range(15, 15 * count + 1, 15):
+            closed = mean_share(after[f"after{updates}"], validation)
+            its["opd"].append((updates * UPDATE, minutes(f"opd{count}-{seed}", updates), closed))
+        if count > 1:
+            best, closed = choose(count, seed)
+            its["chosen"] = best
+            for family, name in best.items():
+                rows[family] = rows.pop(name)
+            rows["best merge"] = rows[max(best, key=lambda family: closed[best[family]])]
+            for row in read_log(RUNS / f"mix{count}-{seed}"):
+                scored = {n.rpartition(".")[2]: v for n, v in row.items() if n.startswith("validation/")}
+                if scored:
+                    spent = row["step"] * ROLLOUT, minutes(f"mix{count}-{seed}", row["step"])
+                    its["mix"].append((*spent, mean_share(scored, validation)))
+        found[str(count)] = its
+    return found
+
+
+def pictures_of(task):
+    """That its teacher was trained on, as grow.sh has it."""
+    return {"compose": 20 * 256, "ocr": 10 * 128}.get(task, 8 * 128)
+
+
+def until(curve, level=0.95):
+    """(pictures, core-minutes) after which a curve reaches a share of the gap; None if it never does."""
+    before = None
+    for pictures, spent, closed in curve:
+        if closed >= level:
+            if before is None:
+                return pictures, spent
+            part = (level - before[2]) / (closed - before[2])
+            return tuple(old + part * (new - old) for old, new in zip(before, (pictures, spent)))
+        before = pictures, spent, closed
+    return None
+
+
+def cell(values):
+    mean, error = spread(values)
+    return f"{mean:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def table(title, seeds, of, arms):
+    """Rows: arms {name: label}; columns: K; of(shares of the tasks, seed, K) -> a number."""
+    lines = [f"### {title}\n", "| tasks | " + " | ".join(map(str, COUNTS)) + " |", "|---" * 5 + "|"]
+    for name, label in arms.items():
+        texts = []
+        for count in map(str, COUNTS):
+            its = [(seed[count]["rows"][name], seed[count]) for seed in seeds if name in seed[count]["rows"]]
+            texts.append(cell([of(row, whole) for row, whole in its]) if its else "")
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def by_task(seeds):
+    """The eight tasks of the largest student, one by one."""
+    lines = ["### Eight tasks, one by one\n", "| | " + " | ".join(TASKS) + " |", "|---" * 9 + "|"]
+    for name, label in ARMS.items():
+        texts = [cell([seed["8"]["rows"][name][task] for seed in seeds]) for task in TASKS]
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def mean_of(row, its=None):
+    return statistics.fmean(row.values())
+
+
+def above(row, its):
+    """How far a row is above Flow-OPD's, of the same seed."""
+    return mean_of(row) - mean_of(its["rows"]["opd"])
+
+
+def costs(seeds):
+    """{way: {K: [(pictures, core-minutes) to 95% of the gap, None if that was not reached, a seed]}}."""
+    ways = {"Flow-OPD, teachers at hand": {}, "teachers, then Flow-OPD": {}, "GRPO-Mix": {}}
+    for count in COUNTS:
+        alone = [until(seed[str(count)]["opd"]) for seed in seeds]
+        ways["Flow-OPD, teachers at hand"][count] = alone
+        ways["teachers, then Flow-OPD"][count] = [
+            found and tuple(a + b for a, b in zip(found, seed[str(count)]["teachers"]))
+            for found, seed in zip(alone, seeds)
+        ]
+        if count > 1:
+            ways["GRPO-Mix"][count] = [until(seed[str(count)]["mix"]) for seed in seeds]
+    return ways
+
+
+def cost_table(ways, seeds):
+    lines = ["### To 95% of the gap, on validation prompts: pictures sampled, core-minutes of training\n"]
+    lines += ["| tasks | " + " | ".join(map(str, COUNTS)) + " |", "|---" * 5 + "|"]
+    for way, by_count in ways.items():
+        texts = []
+        for count in COUNTS:
+            reached = [spent for spent in by_count.get(count, []) if spent]
+            curves = [seed[str(count)]["mix" if way == "GRPO-Mix" else "opd"] for seed in seeds]
+            ends_at = [curve[-1][2] for curve, spent in zip(curves, by_count.get(count, [])) if not spent]
+            text = []
+            if reached:
+                pictures, spent = (statistics.fmean(column) for column in zip(*reached))
+                text.append(f"{pictures:,.0f}, {spent:.1f}")
+            if ends_at:
+                most = statistics.fmean(ends_at)
+                text.append(f"not by {len(ends_at)} of {len(seeds)} seeds (at the end {most:.2f})")
+            texts.append("; ".join(text))
+        lines.append(f"| {way} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def figure(seeds, ways):
+    drawn, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+    for name, label in ARMS.items():
+        counts = [count for count in COUNTS if name in seeds[0][str(count)]["rows"]]
+        values = [spread([mean_of(seed[str(count)]["rows"][name]) for seed in seeds]) for count in counts]
+        means, errors = zip(*values)
+        style = dict(fmt="--o" if name in ("best merge", "mix") else "-o", ms=4, capsize=2)
+        axes[0].errorbar(counts, means, [error or 0 for error in errors], label=label.strip("*"), **style)
+    axes[0].axhline(1, color="grey", lw=0.8, ls=":")
+    axes[0].set(title="share of the teachers' gap closed, test prompts")
+    for k, what in enumerate(("pictures sampled", "core-minutes of training"), 1):
+        for way, by_count in ways.items():
+            points = {c: [spent[k - 1] for spent in found if spent] for c, found in by_count.items()}
+            points = {c: statistics.fmean(values) for c, values in points.items() if values}
+            style = "--o" if way == "GRPO-Mix" else "-o"
+            axes[k].plot(list(points), list(points.values()), style, ms=4, label=way)
+        axes[k].set(title=f"{what} until 95% is closed", yscale="log")
+        axes[k].legend(fontsize=8)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(COUNTS, map(str, COUNTS))
+        axis.set_xlabel("tasks, each with a teacher")
+    axes[0].legend(fontsize=8)
+    drawn.savefig(HERE / "grow.png", dpi=90)
+
+
+def grid(seed):
+    """The same prompts and noise for the models of eight tasks."""
+    best, closed = choose(8, seed)
+    merge = max(best.values(), key=closed.get)
+    rows = {"base": "base", "best merge": merge, "GRPO-Mix": "mix", "Flow-OPD": "opd", "teachers": None}
+    pictures, texts = {name: [] for name in rows}, []
+    for task in TASKS:
+        texts.append(load_prompts(task, str(RUNS / f"prompts/{task}_test.txt"))[0]["prompt"])
+        for name, model in rows.items():
+            folder = RUNS / f"test-8-{seed}/{model}/{task}/samples"
+            if name in ("base", "teachers"):
+                folder = RUNS / f"own-{task}-test-{seed}/{model or task}/{task}/samples"
+            [file] = folder.glob("*_000000.png")
+            pictures[name].append(read_picture(str(file)))
+    save_grid(str(HERE / "grow_samples.png"), pictures, texts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--choose", nargs=2, metavar=("K", "SEED"), help="print the best merges' names")
+    args = parser.parse_args()
+    if args.choose:
+        print(*choose(*args.choose)[0].values())
+        return
+    kept = HERE / "grow.json"
+    whole = json.loads(kept.read_text()) if kept.exists() else {}
+    here = sorted(path.parent.name.rpartition("-")[2] for path in RUNS.glob("test-8-*/results.json"))
+    whole |= {seed: measured(seed) for seed in here}
+    if not whole:
+        die(f"{RUNS}: nothing here; bash experiments/grow.sh makes it")
+    write_json(str(kept), whole)
+    seeds = [whole[seed] for seed in sorted(whole)]
+    ways, merges = costs(seeds), {family: f"{label}" for family, label in MERGES.items()}
+    page = [
+        table("Share of the gap closed, mean of the tasks", seeds, mean_of, ARMS | merges),
+        table("Above Flow-OPD of the same seed", seeds, above, {n: a for n, a in ARMS.items() if n != "opd"}),
+        table("The worst task's share", seeds, lambda row, its: min(row.values()), ARMS),
+        by_task(seeds),
+        cost_table(ways, seeds),
+    ]
+    write(str(HERE / "grow.md"), "\n\n".join(page) + "\n")
+    figure(seeds, ways)
+    if here:
+        grid(here[0])
+    print("\n\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

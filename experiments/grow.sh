@@ -73,22 +73,22 @@ students() {  # students K SEED: lines for `both`
         --steps $(rollouts "$tasks") --seed $2
     local merge="python cold_start.py merge --teachers $(loras "$tasks" $2) --method"
     echo svd$1-$2 $merge svd --rank 16 --scale $1
-    for density in .2 .3 .5; do echo ties$density-$1-$2 $merge ties --density $density; done
-    for density in .3 .5; do echo dare$density-$1-$2 $merge dare_ties --density $density; done
+    for density in 2 3 5; do echo ties$density-$1-$2 $merge ties --density .$density; done
+    for density in 3 5; do echo dare$density-$1-$2 $merge dare_ties --density .$density; done
 }
 after() { echo $R/opd$1-$2/checkpoints/$(printf %06d $3)/lora; }             # after K SEED UPDATES
 merges() {  # merges K SEED: NAME=LORA of those to choose from
     local t strength
     for strength in $(case $1 in 2) echo .5;; 4) echo .25;; 8) echo .125;; esac) .35 .7 1; do
-        echo sum$strength$(for t in $(first $1 $2); do echo "+$R/$t-$2/lora,scale=$strength"; done | tr -d '\n') \
+        echo sum${strength#.}$(for t in $(first $1 $2); do echo "+$R/$t-$2/lora,scale=$strength"; done | tr -d '\n') \
             | sed 's/+/=/'
     done
     for strength in .5 1; do
-        echo svd$strength=$R/svd$1-$2/lora,scale=$strength
-        echo dare.5_$strength=$R/dare.5-$1-$2/lora,scale=$strength
+        echo svd${strength#.}=$R/svd$1-$2/lora,scale=$strength
+        echo dare5_${strength#.}=$R/dare5-$1-$2/lora,scale=$strength
     done
-    echo dare.3_1=$R/dare.3-$1-$2/lora
-    for density in .2 .3 .5; do echo ties$density=$R/ties$density-$1-$2/lora; done
+    echo dare3=$R/dare3-$1-$2/lora
+    for density in 2 3 5; do echo ties$density=$R/ties$density-$1-$2/lora; done
 }
 evaluate() {  # evaluate FOLDER TASKS SPLIT NAME=LORA...: with both cores
     local out=$R/$1 prompts=$(files "$2" $3) scores=$(rewards "$2")

@@ -224,7 +224,7 @@ def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, m
             put("test-1-0", tasks, **students)
             continue
         chosen = {"sum5": 0.7, "svd1": 0, "ties2": 0.6, "dare5_1": 0.1}
-        put(f"test-{count}-0", tasks, **students, mix=1, up=1.1, **chosen)
+        put(f"test-{count}-0", tasks, **students, mix=1, up=1.1, **chosen)  # which counts as 1
         validated = {f"validation/toy.{task}": 0.5 for task in tasks}  # the teachers'
         log(f"mix{count}-0", [{"step": 1, "seconds": 30}, {"step": 1, **validated}])
     assert grow.choose(4, 0)[0] == {"sum": "sum5", "svd": "svd1", "ties": "ties2", "dare": "dare5_1"}
@@ -236,6 +236,8 @@ def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, m
         "| sum |  | 0.70 | 0.70 | 0.70 |",
         "| best merge without training |  | -0.30 | -0.30 | -0.30 |",
         "| **Flow-OPD, 15 updates a task** |" + " 0.90 |" * 8,
+        "| Flow-OPD, then 10 rollouts of the mix |  | 0.10 | 0.10 | 0.10 |",
+        "| Flow-OPD, then 10 rollouts of the mix |  | 1.10 | 1.10 | 1.10 |",
         "| GRPO-Mix |  | 256, 0.5 | 256, 0.5 | 256, 0.5 |",
     ):
         assert row in page, row

@@ -241,8 +241,8 @@ def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, m
         "| GRPO-Mix |  | 256, 0.5 | 256, 0.5 | 256, 0.5 |",
     ):
         assert row in page, row
-    # after 90 updates .9, after 105 1.05: .95 after 95, of 48 pictures and 6 seconds each
-    assert "| 4,560, 9.5 |" in page and "(at the end 0.60)" in page
+    # after 90 updates .9, after 105 1: .95 between them, each update of 48 pictures and 6 seconds
+    assert "| 4,680, 9.8 |" in page and "(at the end 0.60)" in page
     teachers = sum(map(grow.pictures_of, grow.TASKS))
-    assert f"| {4560 + teachers:,}, {9.5 + 2 * 8} |" in page
+    assert f"| {4680 + teachers:,}, 25.8 |" in page
     assert (tmp_path / "grow.png").exists() and read_json(tmp_path, "grow.json")["0"]["8"]["chosen"]

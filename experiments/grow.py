@@ -93,7 +93,7 @@ def measured(seed):
                 rows[family] = rows.pop(name)
             rows["best merge"] = rows[max(best, key=lambda family: closed[best[family]])]
             for row in read_log(RUNS / f"mix{count}-{seed}"):
-                scored = {n.rpartition(".")[2]: v for n, v in row.items() if n.startswith("validation/")}
+                scored = {n.partition("/")[2]: v for n, v in row.items() if n.startswith("validation/")}
                 if scored:
                     spent = row["step"] * ROLLOUT, minutes(f"mix{count}-{seed}", row["step"])
                     its["mix"].append((*spent, kept(shares(scored, validation))))
@@ -106,8 +106,8 @@ def pictures_of(task):
     return {"compose": 20 * 256, "ocr": 10 * 128}.get(task, 8 * 128)
 
 
-def until(curve, level=0.95):
-    """(pictures, core-minutes) after which a curve reaches a share of the gap; None if it never does."""
+def until(curve, level):
+    """(pictures, core-minutes) after which a curve reaches a level; None if it never does."""
     before = None
     for pictures, spent, closed in curve:
         if closed >= level:
@@ -155,22 +155,25 @@ def above(row, its):
 
 
 def costs(seeds):
-    """{way: {K: [(pictures, core-minutes) until 95% is kept, None if that was not reached, a seed]}}."""
+    """{way: {K: [(pictures, core-minutes) to 95% of what Flow-OPD ends with, or None, a seed]}}."""
     ways = {"Flow-OPD, teachers at hand": {}, "teachers, then Flow-OPD": {}, "GRPO-Mix": {}}
     for count in COUNTS:
-        alone = [until(seed[str(count)]["opd"]) for seed in seeds]
-        ways["Flow-OPD, teachers at hand"][count] = alone
-        ways["teachers, then Flow-OPD"][count] = [
-            found and tuple(a + b for a, b in zip(found, seed[str(count)]["teachers"]))
-            for found, seed in zip(alone, seeds)
-        ]
-        if count > 1:
-            ways["GRPO-Mix"][count] = [until(seed[str(count)]["mix"]) for seed in seeds]
+        for seed in seeds:
+            its = seed[str(count)]
+            level = 0.95 * its["opd"][-1][2]
+            alone = until(its["opd"], level)
+            found = [alone, [a + b for a, b in zip(alone, its["teachers"])]]
+            if count > 1:
+                found.append(until(its["mix"], level))
+            for way, spent in zip(ways, found):
+                ways[way].setdefault(count, []).append(spent)
     return ways
 
 
 def cost_table(ways, seeds):
-    lines = ["### Until 95% is kept, on validation prompts: pictures sampled, core-minutes of training\n"]
+    lines = [
+        "### Until 95% of what Flow-OPD ends with is kept (validation prompts): pictures, core-minutes\n"
+    ]
     lines += ["| tasks | " + " | ".join(map(str, COUNTS)) + " |", "|---" * 5 + "|"]
     for way, by_count in ways.items():
         texts = []
@@ -206,7 +209,7 @@ def figure(seeds, ways):
             points = {c: statistics.fmean(values) for c, values in points.items() if values}
             style = "--o" if way == "GRPO-Mix" else "-o"
             axes[k].plot(list(points), list(points.values()), style, ms=4, label=way)
-        axes[k].set(title=f"{what} until 95% is kept", yscale="log")
+        axes[k].set(title=f"{what}, to 95% of Flow-OPD's end", yscale="log")
         axes[k].legend(fontsize=8)
     for axis in axes:
         axis.set_xscale("log", base=2)

@@ -194,7 +194,7 @@ def cost_table(ways, seeds):
 
 
 def figure(seeds, ways):
-    drawn, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+    drawn, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained")
     for name, label in ARMS.items():
         counts = [count for count in COUNTS if name in seeds[0][str(count)]["rows"]]
         values = [spread([kept(seed[str(count)]["rows"][name]) for seed in seeds]) for count in counts]
@@ -202,20 +202,27 @@ def figure(seeds, ways):
         style = dict(fmt="--o" if name in ("best merge", "mix") else "-o", ms=4, capsize=2)
         axes[0].errorbar(counts, means, [error or 0 for error in errors], label=label.strip("*"), **style)
     axes[0].axhline(1, color="grey", lw=0.8, ls=":")
-    axes[0].set(title="kept of what the teachers can, test prompts")
-    for k, what in enumerate(("pictures sampled", "core-minutes of training"), 1):
+    axes[0].set_title("kept of what the teachers can", fontsize=11)
+    for k, what in enumerate(("pictures", "core-minutes"), 1):
         for way, by_count in ways.items():
-            points = {c: [spent[k - 1] for spent in found if spent] for c, found in by_count.items()}
-            points = {c: statistics.fmean(values) for c, values in points.items() if values}
-            style = "--o" if way == "GRPO-Mix" else "-o"
-            axes[k].plot(list(points), list(points.values()), style, ms=4, label=way)
-        axes[k].set(title=f"{what}, to 95% of Flow-OPD's end", yscale="log")
-        axes[k].legend(fontsize=8)
+            points = {}
+            for count, found in by_count.items():
+                ends = [seed[str(count)]["mix" if way == "GRPO-Mix" else "opd"][-1] for seed in seeds]
+                spent = [(reached or end)[k - 1] for reached, end in zip(found, ends)]
+                points[count] = statistics.fmean(spent)
+                if None in found:
+                    where = dict(xytext=(-62, -13), textcoords="offset points", fontsize=8)
+                    axes[k].annotate(
+                        f"{found.count(None)} of {len(found)} do not", (count, points[count]), **where
+                    )
+            axes[k].plot(list(points), list(points.values()), "-o", ms=4, label=way)
+        axes[k].set(yscale="log")
+        axes[k].set_title(f"{what} to 95% of where Flow-OPD ends", fontsize=11)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(COUNTS, map(str, COUNTS))
         axis.set_xlabel("tasks, each with a teacher")
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     drawn.savefig(HERE / "grow.png", dpi=90)
 
 

@@ -28,7 +28,7 @@ run() {  # run NAME COMMAND...: once
 export -f run
 both() { xargs -P2 -L1 bash -euc 'run "$@"' _; }  # lines NAME COMMAND..., two at a time, one thread each
 
-# -- eight tasks, each with prompts of its own: a style has a part of a skill's --------------------------------
+# -- eight tasks, each with prompts of its own: a style has a part of a skill's ----------------------------
 for split in train val test; do
     for task in ocr blue green red; do cp toy/prompts/${task}_$split.txt $R/prompts; done
     cp toy/prompts/scene_dawn_$split.txt $R/prompts/scene_$split.txt
@@ -65,8 +65,8 @@ rollouts() {  # rollouts TASKS: of 256 pictures, as many as these teachers had
 
 students() {  # students K SEED: lines for `both`
     local tasks=$(first $1 $2)
-    local opd="python distill.py --resume auto --teachers $(loras "$tasks" $2 | twice) --prompts
-        $(files "$tasks" train) --eval-prompts --reward --compare --eval-every 1000 --save-every 15 --keep 100"
+    local opd="python distill.py --resume auto --eval-prompts --reward --compare --eval-every 1000
+        --save-every 15 --keep 100 --teachers $(loras "$tasks" $2 | twice) --prompts $(files "$tasks" train)"
     echo opd$1-$2 $opd --steps $(($1 == 8 ? 120 : 60)) --seed $2
     if [ $1 = 1 ]; then return; fi  # a merge or a mix of one is the teacher
     echo mix$1-$2 $(grpo "$tasks") $large --eval-prompts $(files "$tasks" val) --eval-every 6 \
@@ -78,10 +78,10 @@ students() {  # students K SEED: lines for `both`
 }
 after() { echo $R/opd$1-$2/checkpoints/$(printf %06d $3)/lora; }             # after K SEED UPDATES
 merges() {  # merges K SEED: NAME=LORA of those to choose from
-    local t strength
+    local t strength density loras
     for strength in $(case $1 in 2) echo .5;; 4) echo .25;; 8) echo .125;; esac) .35 .7 1; do
-        echo sum${strength#.}$(for t in $(first $1 $2); do echo "+$R/$t-$2/lora,scale=$strength"; done | tr -d '\n') \
-            | sed 's/+/=/'
+        loras=$(for t in $(first $1 $2); do echo +$R/$t-$2/lora,scale=$strength; done | tr -d '\n')
+        echo sum${strength#.}=${loras#+}
     done
     for strength in .5 1; do
         echo svd${strength#.}=$R/svd$1-$2/lora,scale=$strength
@@ -99,7 +99,7 @@ evaluate() {  # evaluate FOLDER TASKS SPLIT NAME=LORA...: with both cores
 }
 
 for s in ${SEEDS:-0 1 2}; do
-    # -- stage 1: teachers -------------------------------------------------------------------------------------
+    # -- stage 1: teachers ---------------------------------------------------------------------------------
     for t in $(first 8 $s); do
         case $t in
             compose) echo $t-$s $(grpo $t) $large --eval-prompts --steps 20 --seed $s;;
@@ -114,14 +114,14 @@ for s in ${SEEDS:-0 1 2}; do
         done
     done | both
 
-    # -- merges, mixes, students; then ten rollouts of the mix from each student -------------------------------
+    # -- merges, mixes, students; then ten rollouts of the mix from each student ---------------------------
     for k in 8 4 2 1; do students $k $s; done | both
     for k in 2 4 8; do
         echo up$k-$s $(grpo "$(first $k $s)") $large --eval-prompts --init $(after $k $s $((15 * k))) \
             --steps 10 --seed $s
     done | both
 
-    # -- scores; merges are chosen on validation prompts -------------------------------------------------------
+    # -- scores; merges are chosen on validation prompts ---------------------------------------------------
     for k in 1 2 4 8; do
         tasks=$(first $k $s) chosen=""
         updates=$(seq 15 15 $((15 * k)))

@@ -94,6 +94,13 @@ def test_a_failure_ends_it_and_the_next_start_goes_on(reproduce):
     assert "sft-1" in trained and "compose-0" not in trained
 
 
+@pytest.mark.parametrize("reproduce", ["grow"], indirect=True)
+def test_a_failure_ends_grow_too(reproduce):
+    status, printed, calls = reproduce(fail="out/grow/mix4-0")
+    assert status != 0 and "mix4-0 failed: see out/grow/mix4-0.log" in printed
+    assert not any("experiments/grow.py" in call for call in calls)
+
+
 def test_few_steps_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
     """Two seeds, two pictures of each task; a gap of .1 and .3 with one seed, of .2 and .4 with the other."""
     monkeypatch.setattr(few_steps, "RUNS", tmp_path)

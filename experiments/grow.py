@@ -31,6 +31,7 @@ MERGES = {"sum": "sum", "svd": "sum, cut to rank 16 by SVD", "ties": "TIES", "da
 ARMS = {"best merge": "best merge without training", "mix": "GRPO-Mix, as many pictures as the teachers"}
 ARMS |= {"opd": "**Flow-OPD, 15 updates a task**", "fixed": "Flow-OPD, 60 updates"}
 ARMS |= {"up": "Flow-OPD, then 10 rollouts of the mix"}
+RANKS = {f"rank{rank}": str(rank) for rank in (4, 8, 16, 32)} | {"opd": "128, the average itself"}
 ROLLOUT, UPDATE = 256, 48  # pictures
 
 
@@ -141,6 +142,17 @@ def by_task(seeds):
     lines = ["### Eight tasks, one by one\n", "| | " + " | ".join(TASKS) + " |", "|---" * 9 + "|"]
     for name, label in ARMS.items():
         texts = [cell([seed["8"]["rows"][name][task] for seed in seeds]) for task in TASKS]
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def by_rank(seeds):
+    """Eight tasks in students of other ranks, from the teachers' average cut to that rank by SVD."""
+    seeds = [seed["8"]["rows"] for seed in seeds if "rank4" in seed["8"]["rows"]]
+    lines = ["### Eight tasks, by the student's rank\n", "| rank | " + " | ".join(RANKS.values()) + " |"]
+    lines.append("|---" * 6 + "|")
+    for label, of in {"kept": kept, "the worst task's share": lambda row: min(row.values())}.items():
+        texts = [cell([of(rows[name]) for rows in seeds]) for name in RANKS]
         lines.append(f"| {label} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -270,6 +282,7 @@ def main():
         table("The worst task's share of its gap", seeds, lambda row, its: min(row.values()), ARMS),
         table("Shares, also above 1", seeds, mean_of, ARMS),
         by_task(seeds),
+        by_rank(seeds),
         cost_table(ways, seeds),
     ]
     write(str(HERE / "grow.md"), "\n\n".join(page) + "\n")

@@ -8,7 +8,7 @@
 # Runs go to out/grow; grow.py then writes grow.json, grow.md, grow.png and grow_samples.png here.
 set -eu
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1 R=out/grow
+export OMP_NUM_THREADS=1 R=out/grow RANKS="4 8 16 32"
 # Freed memory is kept for the next layer, not given back to the system.
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647
 mkdir -p $R/prompts
@@ -63,18 +63,23 @@ rollouts() {  # rollouts TASKS: of 256 pictures, as many as these teachers had
     echo $((n / 2))
 }
 
+opd() {  # opd K SEED FLAGS...
+    local tasks=$(first $1 $2)
+    echo python distill.py --resume auto --eval-prompts --reward --compare --eval-every 1000 --save-every 15 \
+        --keep 100 --teachers $(loras "$tasks" $2 | twice) --prompts $(files "$tasks" train) --seed $2 "${@:3}"
+}
+merge() {  # merge K SEED METHOD FLAGS...
+    echo python cold_start.py merge --teachers $(loras "$(first $1 $2)" $2) --method "${@:3}"
+}
 students() {  # students K SEED: lines for `both`
     local tasks=$(first $1 $2)
-    local opd="python distill.py --resume auto --eval-prompts --reward --compare --eval-every 1000
-        --save-every 15 --keep 100 --teachers $(loras "$tasks" $2 | twice) --prompts $(files "$tasks" train)"
-    echo opd$1-$2 $opd --steps $(($1 == 8 ? 120 : 60)) --seed $2
+    echo opd$1-$2 $(opd $1 $2 --steps $(($1 == 8 ? 120 : 60)))
     if [ $1 = 1 ]; then return; fi  # a merge or a mix of one is the teacher
     echo mix$1-$2 $(grpo "$tasks") $large --eval-prompts $(files "$tasks" val) --eval-every 6 \
         --steps $(rollouts "$tasks") --seed $2
-    local merge="python cold_start.py merge --teachers $(loras "$tasks" $2) --method"
-    echo svd$1-$2 $merge svd --rank 16 --scale $1
-    for density in 2 3 5; do echo ties$density-$1-$2 $merge ties --density .$density; done
-    for density in 3 5; do echo dare$density-$1-$2 $merge dare_ties --density .$density; done
+    echo svd$1-$2 $(merge $1 $2 svd --rank 16 --scale $1)
+    for density in 2 3 5; do echo ties$density-$1-$2 $(merge $1 $2 ties --density .$density); done
+    for density in 3 5; do echo dare$density-$1-$2 $(merge $1 $2 dare_ties --density .$density); done
 }
 after() { echo $R/opd$1-$2/checkpoints/$(printf %06d $3)/lora; }             # after K SEED UPDATES
 merges() {  # merges K SEED: NAME=LORA of those to choose from
@@ -114,8 +119,10 @@ for s in ${SEEDS:-0 1 2}; do
         done
     done | both
 
-    # -- merges, mixes, students; then ten rollouts of the mix from each student ---------------------------
+    # -- merges, mixes, students, also of smaller ranks; then ten rollouts of the mix from each student ----
     for k in 8 4 2 1; do students $k $s; done | both
+    for rank in $RANKS; do echo start$rank-$s $(merge 8 $s svd --rank $rank | twice); done | both
+    for rank in $RANKS; do echo rank$rank-$s $(opd 8 $s --init $R/start$rank-$s/lora --steps 120); done | both
     for k in 2 4 8; do
         echo up$k-$s $(grpo "$(first $k $s)") $large --eval-prompts --init $(after $k $s $((15 * k))) \
             --steps 10 --seed $s
@@ -128,6 +135,7 @@ for s in ${SEEDS:-0 1 2}; do
         evaluate val-$k-$s "$tasks" val $(for u in $updates; do echo after$u=$(after $k $s $u); done) \
             $([ $k = 1 ] || merges $k $s)
         models="opd=$(after $k $s $((15 * k))) fixed=$(after $k $s 60)"
+        if [ $k = 8 ]; then models+=" $(for rank in $RANKS; do echo rank$rank=$R/rank$rank-$s/lora; done)"; fi
         if [ $k -gt 1 ]; then
             models+=" mix=$R/mix$k-$s/lora up=$R/up$k-$s/lora"
             for name in $(python experiments/grow.py --choose $k $s); do

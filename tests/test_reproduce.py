@@ -231,6 +231,8 @@ def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, m
             put("test-1-0", tasks, **students)
             continue
         chosen = {"sum5": 0.7, "svd1": 0, "ties2": 0.6, "dare5_1": 0.1}
+        if count == 8:
+            students |= {"rank4": 0.2, "rank8": 0.4, "rank16": 0.6, "rank32": 0.8}
         put(f"test-{count}-0", tasks, **students, mix=1, up=1.1, **chosen)  # which counts as 1
         validated = {f"validation/{task}": 0.46 if count == 8 else 0.5 for task in tasks}
         log(f"mix{count}-0", [{"step": 1, "seconds": 30}, {"step": 1, **validated}])
@@ -245,6 +247,7 @@ def test_what_grows_is_measured_on_test_prompts_and_chosen_on_others(tmp_path, m
         "| **Flow-OPD, 15 updates a task** |" + " 0.90 |" * 8,
         "| Flow-OPD, then 10 rollouts of the mix |  | 0.10 | 0.10 | 0.10 |",
         "| Flow-OPD, then 10 rollouts of the mix |  | 1.10 | 1.10 | 1.10 |",
+        "| kept | 0.20 | 0.40 | 0.60 | 0.80 | 0.90 |",
         "| GRPO-Mix |  | 256, 0.5 | 256, 0.5 | not by 1 of 1 seeds (at the end 0.80) |",
     ):
         assert row in page, row

@@ -80,6 +80,7 @@ loras() { for name; do echo $name=$R/$name/lora; done; }                     # l
 every_seed() { for name; do for s in $SEEDS; do echo $name-$s; done; done; }   # every_seed ARM...
 twice() { sed 's/\(compose=[^ ]*\)/\1,weight=2/'; }                          # compose is the hardest
 guided() { sed 's/\(compose\|ocr\)=[^ ]*lora/&,guidance=1.5/g'; }             # whom guidance helps
+stronger() { sed "s#/lora#&,scale=$1#g"; }                                   # stronger STRENGTH
 rewards() { for t in $1; do echo toy.$t=$2; done; }                          # rewards TASKS WEIGHT
 
 teachers() {  # teachers KIND SEED: KIND is "" or the reward that they were trained with besides
@@ -148,6 +149,17 @@ for s in $SEEDS; do
         --batch-size 32 --micro-batch-size 32 --ema 0.1 --save-every 4 --steps 24 --seed $s
     need merge-$s mergeq-$s mergec-$s sft-$s
 
+    # -- merges without training: .5, .7 and 1 times the sum, and TIES; tables.py picks on validation prompts
+    plain="python cold_start.py merge --teachers $(teachers "" $s | sed 's/,weight=2//')"
+    for scale in 1.5 2.1 3; do
+        run sum${scale/./}-$s $plain --scale $scale
+        run svd${scale/./}-$s $plain --scale $scale --method svd --rank 16
+    done
+    for density in 2 3 5; do
+        run ties$density-$s $plain --method ties --density .$density
+        run dare$density-$s $plain --method dare_ties --density .$density
+    done
+
     # -- stage 3: Flow-OPD, 40 updates of 32 pictures, each with the teachers of its seed ------------------
     steps="--steps 40 --seed $s"
     start="--init $R/merge-$s/lora"
@@ -179,6 +191,15 @@ for s in $SEEDS; do
         run up$reward-$s $up --seed $s
         run upkl$reward-$s $up --seed $s --teachers $(teachers "" $s | sed 's/,weight=2//')
     done
+
+    # -- stronger teachers: their LoRAs at 1.25 and 1.5; the better one guided too, and then the way up ----
+    alone="$start $steps --anchor none"
+    run opdx125-$s $(distill "$(teachers "" $s | stronger 1.25)") $alone
+    run opdx15-$s $(distill "$(teachers "" $s | stronger 1.5)") $alone
+    run opdbest-$s $(distill "$(teachers "" $s | stronger 1.25 | guided)") $alone
+    need opdbest-$s
+    run upbest-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.quality=1") $large --init $R/opdbest-$s/lora \
+        --steps 10 --seed $s
 
     # -- other methods, at as many pictures, without an anchor of their own --------------------------------
     run paper-$s $opd $start $steps --anchor none --weighting kl
@@ -219,27 +240,33 @@ fi
 
 mixes="$(every_seed mix mixq1 mixcalm{025,1} stack2 mix{none,sft,merge})"
 mixes+=" $(for arm in mixq mixturns mixcalm05 mixcalm2; do echo $arm-$first; done)"
-students=$(every_seed sft merge opd{,sft,none,guided,strong,q,c,routed} opdcalm{0,002,01,03,1})
-ups=$(every_seed up{,kl}{quality,calm})
+students=$(every_seed sft merge opd{,sft,none,guided,strong,q,c,routed,x125,x15,best} opdcalm{0,002,01,03,1})
+merges=$(every_seed {sum,svd}{15,21,3} {ties,dare}{2,3,5})
+ups=$(every_seed up{,kl}{quality,calm} upbest)
 others=$(every_seed paper released diffusionopd danceopd)
 tries=$(every_seed try{,ppo,paper,kl,ode,cps,half,one,turns})
 singles=$(every_seed {compose,ocr,scene}{,q,c} quality calm)
-need $singles $mixes $students $ups $others $tries
+need $singles $mixes $merges $students $ups $others $tries
 scores="--reward toy.compose toy.ocr toy.scene toy.quality toy.calm"
 evaluate val --tasks $(files "$ALL" val) $scores --models base $(loras $tries) \
-    $(loras $(every_seed $ALL mix mixq1 merge opd) mixq-$first mixturns-$first) \
+    $(loras $(every_seed $ALL mix mixq1 merge opd opdx125 opdx15 opdbest) mixq-$first mixturns-$first) \
+    $(loras $merges) \
     $(for s in $SEEDS; do for u in 04 08 16 24 32; do
         echo opdafter$u-$s=$R/opd-$s/checkpoints/0000$u/lora
     done; done)
 evaluate test --tasks $(files "$ALL" test) $scores --models base $(loras $singles $mixes $students $ups) \
-    $(loras $others) $(if [ -e $R/ensemble-0.done ]; then loras mergeall $(every_seed ensemble); fi) \
+    $(loras $others $merges) $(if [ -e $R/ensemble-0.done ]; then loras mergeall $(every_seed ensemble); fi) \
     $(for s in $SEEDS; do for t in compose ocr; do
         echo ${t}guided-$s=$R/$t-$s/lora,guidance=1.5
-    done; done)
+    done; done) \
+    $(for s in $SEEDS; do for t in $ALL; do for strength in 1.25 1.5; do
+        echo ${t}x${strength/./}-$s=$R/$t-$s/lora,scale=$strength
+    done; done; done)
 new="--samples-per-prompt 2 --models base $(loras $(every_seed compose ocr scene mixq1 opd))"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt \
     --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 evaluate pairs --tasks $(files "$ALL" val) $scores --samples-per-prompt 2 \
-    --models base $(loras $(every_seed quality mixq1 opdcalm0 opd opdstrong))
+    --models base $(loras $(every_seed quality mixq1 up{quality,best})) \
+    $(loras $(every_seed opd{,calm0,strong,guided,x125,x15,best}))
 python experiments/tables.py

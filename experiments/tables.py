@@ -83,6 +83,24 @@ MAR = {
     "MAR, the quality teacher as anchor": "opd",
     "MAR, the quality teacher as anchor, λ = 0.2": "opdstrong",
 }
+MERGES = {  # without training: {label: {setting: arm}}
+    "sum of the three × {}": {"0.5": "sum15", "0.7": "sum21", "1": "sum3"},
+    "the same at rank 16 by SVD × {}": {"0.5": "svd15", "0.7": "svd21", "1": "svd3"},
+    "TIES, density {}": {"0.2": "ties2", "0.3": "ties3", "0.5": "ties5"},
+    "DARE-TIES, density {}": {"0.2": "dare2", "0.3": "dare3", "0.5": "dare5"},
+}
+STRONGER = {
+    "the three teachers, each on its own task": "teachers",
+    "the same at strength 1.25": "teachersx125",
+    "the same at strength 1.5": "teachersx15",
+    "Flow-OPD, no anchor": "opdcalm0",
+    "Flow-OPD, teachers at 1.25": "opdx125",
+    "Flow-OPD, teachers at 1.5": "opdx15",
+    "Flow-OPD, compose and ocr taught with guidance 1.5": "opdguided",
+    "Flow-OPD, teachers at 1.25 and these guided": "opdbest",
+    "Flow-OPD, no anchor, then 10 rollouts of GRPO-Mix, quality 1 : 1": "upquality",
+    "**all three**: 1.25, guided, then the 10 rollouts": "upbest",
+}
 NEW_PROMPTS = {"base": "base", **TEACHERS, "GRPO-Mix, quality 1 : 1": "mixq1", "Flow-OPD from merge": "opd"}
 FRONTS = {  # lines of {label: arm}
     "GRPO-Mix, weight of calm": {
@@ -166,7 +184,7 @@ def mean_of_tasks(row):
 def read(evaluation):
     """An evaluation's rows, each with its average, by arm: {"mix": {seed: row}, "base": {None: row}}.
     "teachers" are all three of a seed, each on its own task, as one model: about what a student of theirs can
-    reach; "teachersq" those trained with quality besides, "teachersc" with calm."""
+    reach; "teachersq" those trained with quality besides, "teachersc" with calm; "teachersx15": at strength 1.5."""
     path = RUNS / evaluation / "results.json"
     if not path.exists():
         die(f"{path} is missing: bash experiments/reproduce.sh makes it")
@@ -178,7 +196,7 @@ def read(evaluation):
             row["scores"] = first | row["scores"]
         arm, seed = re.fullmatch(r"(.*?)(?:-(\d+))?", row["model"]).groups()
         arms.setdefault(arm, {})[seed] = row
-    for kind in ("", "q", "c"):
+    for kind in ("", "q", "c", "x125", "x15"):
         for seed in arms.get(f"compose{kind}", {}):
             rows = {task: arms.get(f"{task}{kind}", {}).get(seed, {"scores": {}}) for task in TASKS}
             if all("average" in row["scores"] for row in rows.values()):
@@ -295,15 +313,50 @@ def best_mix():
     return max(MIXES.values(), key=lambda arm: val[arm][first]["scores"]["average"])
 
 
+def merges():
+    """{label: arm} of the best merge of every family, on validation prompts."""
+    val, best = read("val"), {}
+    for label, arms in MERGES.items():
+        closed = {setting: summary(val[arm], label)["scores"]["average"] for setting, arm in arms.items()}
+        setting = max(closed, key=closed.get)
+        best[label.format(setting)] = arms[setting]
+    return best
+
+
+def with_merges(arms):
+    """A table's arms with these merges behind the average."""
+    out = {}
+    for label, arm in arms.items():
+        out |= {label: arm} | (merges() if arm == "merge" else {})
+    return out
+
+
+def fronts():
+    return FRONTS | {"merge:": {"average": "merge"} | merges()}
+
+
+def bullets(arms, other):
+    """Of a table's {label: arm}, how far each is above another, paired."""
+    lines = [f"- {label}: {in_words(*paired('test', arm, other))}" for label, arm in arms.items()]
+    page.append("\n".join(lines))
+
+
 def over_the_mix():
     best = best_mix()
     label = next(label for label, arm in MIXES.items() if arm == best)
     page.append(f"The best on validation prompts is: {label}. Over it, paired by seed, prompt and noise:")
-    lines = []
-    for name in ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided", "upquality"):
-        label = next(label for label, arm in MAIN.items() if arm == name)
-        lines.append(f"- {label}: {in_words(*paired('test', name, best))}")
-    page.append("\n".join(lines))
+    label = {arm: label for label, arm in MAIN.items()}
+    shown = ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided", "upquality")
+    bullets({label[arm]: arm for arm in shown}, best)
+    page.append("Merges without training, over Flow-OPD from merge:")
+    bullets({"average": "merge"} | merges(), "opd")
+
+
+def stronger():
+    table("(l) Stronger teachers", "test", STRONGER)
+    page.append("Over the teachers as trained, each on its own task, paired by seed, prompt and noise:")
+    bullets({label: arm for label, arm in STRONGER.items() if arm != "teachers"}, "teachers")
+    table("(l) The same students on validation prompts, two pictures each", "pairs", STRONGER)
 
 
 def surpassing():
@@ -365,10 +418,10 @@ def costs():
 
 def write_page():
     table("(a) The seesaw: one more reward", "test", STACKING)
-    table("(b) The main table", "test", MAIN)
+    table("(b) The main table", "test", with_merges(MAIN))
     over_the_mix()
     title = "(c) Cold starts alone, then GRPO-Mix or Flow-OPD with the same number of pictures, 1,280"
-    table(title, "test", COLD_STARTS)
+    table(title, "test", with_merges(COLD_STARTS))
     title = "(d) MAR: quality on all prompts and diversity within a prompt"
     table(f"{title} (validation prompts, two pictures each)", "pairs", MAR)
     title = "(e) Prompts of kinds that nobody was trained on: three sorts of shapes, one letter"
@@ -377,12 +430,13 @@ def write_page():
     title = "(f) One change at a time, 8 rollouts from the merge without an anchor"
     note = "(validation prompts; the last column is paired by prompt and noise)"
     table(f"{title} {note}", "val", ONE_CHANGE, default="try")
-    front = {f"{line} {label}".strip(): arm for line, arms in FRONTS.items() for label, arm in arms.items()}
+    front = {f"{line} {label}".strip(): arm for line, arms in fronts().items() for label, arm in arms.items()}
     table("(g) The front: a reward that conflicts", "test", {"calm (teacher)": "calm"} | front)
     table("(h) The way up: Flow-OPD first, then rewards", "test", WAY_UP)
     table("(i) Other methods, 1,280 pictures each, from the merge", "test", OTHERS, default="opdcalm0")
     surpassing()
     costs()
+    stronger()
     times = ", ".join(f"{label} {median_seconds(arm):.1f}" for label, arm in SECONDS.items())
     page.append(f"Median seconds of a rollout and its updates, one thread, two runs at a time: {times}.")
 
@@ -403,11 +457,12 @@ def draw_front():
     """The mean of the three tasks against calm, a line for every method."""
     test = read("test")
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for label, arms in FRONTS.items():
+    for label, arms in fronts().items():
         rows = [summary(test[arm], arm) for arm in arms.values()]
         x, y = ([row["scores"][name] for row in rows] for name in ("calm", "average"))
         x_error, y_error = ([row["stderr"][name] for row in rows] for name in ("calm", "average"))
-        axis.errorbar(x, y, y_error, x_error, marker="o", markersize=4, capsize=2, label=label)
+        style = dict(marker="o", markersize=4, capsize=2, linestyle="" if label == "merge:" else "-")
+        axis.errorbar(x, y, y_error, x_error, label=label.strip(":"), **style)
         for value, text in zip(zip(x, y), arms):
             axis.annotate(text, value, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axis.set(xlabel="calm, on all prompts", ylabel="mean of the three tasks")

@@ -184,7 +184,8 @@ def mean_of_tasks(row):
 def read(evaluation):
     """An evaluation's rows, each with its average, by arm: {"mix": {seed: row}, "base": {None: row}}.
     "teachers" are all three of a seed, each on its own task, as one model: about what a student of theirs can
-    reach; "teachersq" those trained with quality besides, "teachersc" with calm; "teachersx15": at strength 1.5."""
+    reach; "teachersq" those trained with quality besides, "teachersc" with calm, "teachersx15" at strength
+    1.5."""
     path = RUNS / evaluation / "results.json"
     if not path.exists():
         die(f"{path} is missing: bash experiments/reproduce.sh makes it")

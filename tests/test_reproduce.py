@@ -150,6 +150,23 @@ def test_arms_are_compared_prompt_by_prompt(tmp_path, monkeypatch):
     assert (-gap, error) == both
 
 
+def test_merges_are_chosen_on_validation_prompts(tmp_path, monkeypatch):
+    """By their mean over seeds: the second of every family, though the first is best with one seed."""
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
+    tables.read.cache_clear()
+    (tmp_path / "val").mkdir()
+    results = []
+    for arms in tables.MERGES.values():
+        for arm, scores in zip(arms.values(), ((0.9, 0.1), (0.6, 0.6), (0.5, 0.5))):
+            for seed, score in enumerate(scores):
+                row = {"model": f"{arm}-{seed}", "scores": dict.fromkeys(tables.TASKS, score)}
+                results.append(row | {"stderr": dict.fromkeys(tables.TASKS, 0.01)})
+    (tmp_path / "val/results.json").write_text(json.dumps(results))
+    arms = tables.with_merges({"the average": "merge", "a student": "opd"})
+    assert list(arms.values()) == ["merge", "sum21", "svd21", "ties3", "dare3", "opd"]
+    assert "sum of the three × 0.7" in arms and "TIES, density 0.3" in arms
+
+
 def test_cost_to_a_level(tmp_path, monkeypatch):
     """The first validation at which every task is within 0.02 of its teacher."""
     monkeypatch.setattr(tables, "RUNS", tmp_path)

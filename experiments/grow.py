@@ -223,16 +223,16 @@ def figure(seeds, ways):
                 spent = [(reached or end)[k - 1] for reached, end in zip(found, ends)]
                 points[count] = statistics.fmean(spent)
                 if None in found:
-                    where = dict(xytext=(-62, -13), textcoords="offset points", fontsize=8)
-                    axes[k].annotate(
-                        f"{found.count(None)} of {len(found)} do not", (count, points[count]), **where
-                    )
+                    text = f"{found.count(None)} of {len(found)}\ndo not"
+                    where = dict(xytext=(6, -18), textcoords="offset points", fontsize=8)
+                    axes[k].annotate(text, (count, points[count]), **where)
             axes[k].plot(list(points), list(points.values()), "-o", ms=4, label=way)
         axes[k].set(yscale="log")
         axes[k].set_title(f"{what} to 95% of where Flow-OPD ends", fontsize=11)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(COUNTS, map(str, COUNTS))
+        axis.set_xlim(0.9, 12)
         axis.set_xlabel("tasks, each with a teacher")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     drawn.savefig(HERE / "grow.png", dpi=90)

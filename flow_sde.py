@@ -1243,10 +1243,13 @@ def explain_full(kind, error, trace):
 
 
 def split_options(flag, spec, **options):
-    """ "value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own."""
-    value, found, pattern = spec, dict(options), rf"(.*),({'|'.join(options)})=([^,]*)"
+    """ "value,key=1.5" -> (value, {**options, key: 1.5}); the value may have commas of its own, and a LoRA's
+    options may stand behind these."""
+    value, found, behind = spec, dict(options), r"((?:,(?:scale|text)=[^,]*)*)"
+    pattern = rf"(.*),({'|'.join(options)})=([^,]*){behind}"
     while options and (match := re.fullmatch(pattern, value, re.DOTALL)):
-        value, key, number = match.groups()
+        value, key, number, rest = match.groups()
+        value += rest
         form = r"\d+\.?\d*|\.\d+" if key != "scale" else r"-?(\d+\.?\d*|\.\d+)"
         check(re.fullmatch(form, number), f"{flag} {spec}: {key} must be a number")
         found[key] = float(number)
@@ -1274,13 +1277,10 @@ TAKEN = ("base", "student", "start", "ema", "anchor", "none", "sum", "ties", "da
 def parse_tasks(args, **options):
     """--teachers and --prompts, which must name the same tasks: ({task: {"value": LORA, **options}}, {task:
     file})."""
-    check(
-        args.teachers and args.prompts, "--model needs --teachers TASK=LORA and --prompts TASK=FILE with it"
-    )
-    teachers, files = (
-        parse_specs("--teachers", args.teachers, **options),
-        parse_specs("--prompts", args.prompts),
-    )
+    given = args.teachers and args.prompts
+    check(given, "--model needs --teachers TASK=LORA and --prompts TASK=FILE with it")
+    teachers = parse_specs("--teachers", args.teachers, **options)
+    files = parse_specs("--prompts", args.prompts)
     for task in teachers:
         check(task not in TAKEN, f"--teachers {task}: that name is taken")
     only = sorted(teachers.keys() ^ files.keys())

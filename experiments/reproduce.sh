@@ -196,7 +196,7 @@ for s in $SEEDS; do
     alone="$start $steps --anchor none"
     run opdx125-$s $(distill "$(teachers "" $s | stronger 1.25)") $alone
     run opdx15-$s $(distill "$(teachers "" $s | stronger 1.5)") $alone
-    run opdbest-$s $(distill "$(teachers "" $s | stronger 1.25 | guided)") $alone
+    run opdbest-$s $(distill "$(teachers "" $s | guided | stronger 1.25)") $alone
     need opdbest-$s
     run upbest-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.quality=1") $large --init $R/opdbest-$s/lora \
         --steps 10 --seed $s

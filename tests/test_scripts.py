@@ -426,6 +426,9 @@ def test_specs_may_have_commas_and_equals_signs():
     a = {"value": "x,y=2", "guidance": 1.5, "weight": 3.0}
     b = {"value": "/p,q/weight=1/z", "guidance": 4.0, "weight": 1.0}
     assert flow_sde.parse_specs("--teachers", odd, guidance=4.0, weight=1.0) == {"a": a, "b": b}
+    either = [f"a=x{order}" for order in (",scale=2,text=0,guidance=3", ",guidance=3,scale=2,text=0")]
+    first, second = (flow_sde.parse_specs("--teachers", [spec], guidance=1.0) for spec in either)
+    assert first == second == {"a": {"value": "x,scale=2,text=0", "guidance": 3.0}}
     with pytest.raises(SystemExit, match="--teachers a=x,guidance=high: guidance must be a number"):
         flow_sde.parse_specs("--teachers", ["a=x,guidance=high"], guidance=1.0)
 

@@ -5,6 +5,7 @@
 #
 #     bash experiments/reproduce.sh     # two CPU cores; runs and pictures go to out/reproduce
 #     SEEDS=0 bash experiments/reproduce.sh     # one seed instead of three
+#     bash experiments/reproduce.sh more        # and merges without training, and stronger teachers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -14,6 +15,7 @@ R=out/reproduce
 ALL="compose ocr scene"
 SEEDS=${SEEDS:-0 1 2}
 first=${SEEDS%% *}
+part=${1-}
 started=""
 mkdir -p $R
 rm -f $R/failed
@@ -149,17 +151,6 @@ for s in $SEEDS; do
         --batch-size 32 --micro-batch-size 32 --ema 0.1 --save-every 4 --steps 24 --seed $s
     need merge-$s mergeq-$s mergec-$s sft-$s
 
-    # -- merges without training: .5, .7 and 1 times the sum, and TIES; tables.py picks on validation prompts
-    plain="python cold_start.py merge --teachers $(teachers "" $s | sed 's/,weight=2//')"
-    for scale in 1.5 2.1 3; do
-        run sum${scale/./}-$s $plain --scale $scale
-        run svd${scale/./}-$s $plain --scale $scale --method svd --rank 16
-    done
-    for density in 2 3 5; do
-        run ties$density-$s $plain --method ties --density .$density
-        run dare$density-$s $plain --method dare_ties --density .$density
-    done
-
     # -- stage 3: Flow-OPD, 40 updates of 32 pictures, each with the teachers of its seed ------------------
     steps="--steps 40 --seed $s"
     start="--init $R/merge-$s/lora"
@@ -191,15 +182,6 @@ for s in $SEEDS; do
         run up$reward-$s $up --seed $s
         run upkl$reward-$s $up --seed $s --teachers $(teachers "" $s | sed 's/,weight=2//')
     done
-
-    # -- stronger teachers: their LoRAs at 1.25 and 1.5; the better one guided too, and then the way up ----
-    alone="$start $steps --anchor none"
-    run opdx125-$s $(distill "$(teachers "" $s | stronger 1.25)") $alone
-    run opdx15-$s $(distill "$(teachers "" $s | stronger 1.5)") $alone
-    run opdbest-$s $(distill "$(teachers "" $s | guided | stronger 1.25)") $alone
-    need opdbest-$s
-    run upbest-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.quality=1") $large --init $R/opdbest-$s/lora \
-        --steps 10 --seed $s
 
     # -- other methods, at as many pictures, without an anchor of their own --------------------------------
     run paper-$s $opd $start $steps --anchor none --weighting kl
@@ -236,37 +218,64 @@ if [ $# = 3 ]; then
     need $(every_seed ensemble)
 fi
 
+# -- more: merges without training; stronger teachers ------------------------------------------------------
+merges="" more="" chosen="" pairs="" strong=""
+if [ "$part" = more ]; then
+    for s in $SEEDS; do
+        # 0.5, 0.7 and 1 times the sum; TIES. tables.py shows the best of each kind on validation prompts
+        plain="python cold_start.py merge --teachers $(teachers "" $s | sed 's/,weight=2//')"
+        for scale in 1.5 2.1 3; do
+            run sum${scale/./}-$s $plain --scale $scale
+            run svd${scale/./}-$s $plain --scale $scale --method svd --rank 16
+        done
+        for density in 2 3 5; do
+            run ties$density-$s $plain --method ties --density .$density
+            run dare$density-$s $plain --method dare_ties --density .$density
+        done
+        # The teachers' LoRAs at 1.25 and 1.5; at 1.25 guided too, and then the way up
+        alone="--init $R/merge-$s/lora --steps 40 --seed $s --anchor none"
+        run opdbest-$s $(distill "$(teachers "" $s | guided | stronger 1.25)") $alone
+        run opdx125-$s $(distill "$(teachers "" $s | stronger 1.25)") $alone
+        run opdx15-$s $(distill "$(teachers "" $s | stronger 1.5)") $alone
+        need opdbest-$s
+        run upbest-$s $(grpo "$ALL" "$(rewards "$ALL" 1) toy.quality=1") $large --init $R/opdbest-$s/lora \
+            --steps 10 --seed $s
+    done
+    merges=$(every_seed {sum,svd}{15,21,3} {ties,dare}{2,3,5}) more=$(every_seed opd{x125,x15,best} upbest)
+fi
+
 # -- what came of it ---------------------------------------------------------------------------------------
 
 mixes="$(every_seed mix mixq1 mixcalm{025,1} stack2 mix{none,sft,merge})"
 mixes+=" $(for arm in mixq mixturns mixcalm05 mixcalm2; do echo $arm-$first; done)"
-students=$(every_seed sft merge opd{,sft,none,guided,strong,q,c,routed,x125,x15,best} opdcalm{0,002,01,03,1})
-merges=$(every_seed {sum,svd}{15,21,3} {ties,dare}{2,3,5})
-ups=$(every_seed up{,kl}{quality,calm} upbest)
+students=$(every_seed sft merge opd{,sft,none,guided,strong,q,c,routed} opdcalm{0,002,01,03,1})
+ups=$(every_seed up{,kl}{quality,calm})
 others=$(every_seed paper released diffusionopd danceopd)
 tries=$(every_seed try{,ppo,paper,kl,ode,cps,half,one,turns})
 singles=$(every_seed {compose,ocr,scene}{,q,c} quality calm)
-need $singles $mixes $merges $students $ups $others $tries
+need $singles $mixes $students $ups $others $tries $merges $more
 scores="--reward toy.compose toy.ocr toy.scene toy.quality toy.calm"
 evaluate val --tasks $(files "$ALL" val) $scores --models base $(loras $tries) \
-    $(loras $(every_seed $ALL mix mixq1 merge opd opdx125 opdx15 opdbest) mixq-$first mixturns-$first) \
-    $(loras $merges) \
+    $(loras $(every_seed $ALL mix mixq1 merge opd) mixq-$first mixturns-$first $merges) \
     $(for s in $SEEDS; do for u in 04 08 16 24 32; do
         echo opdafter$u-$s=$R/opd-$s/checkpoints/0000$u/lora
     done; done)
-evaluate test --tasks $(files "$ALL" test) $scores --models base $(loras $singles $mixes $students $ups) \
-    $(loras $others $merges) $(if [ -e $R/ensemble-0.done ]; then loras mergeall $(every_seed ensemble); fi) \
-    $(for s in $SEEDS; do for t in compose ocr; do
-        echo ${t}guided-$s=$R/$t-$s/lora,guidance=1.5
-    done; done) \
-    $(for s in $SEEDS; do for t in $ALL; do for strength in 1.25 1.5; do
+if [ "$part" = more ]; then
+    best=$(python experiments/tables.py --merges)
+    chosen=$(every_seed $best) pairs="$more $(every_seed opdguided upquality)"
+    strong=$(for s in $SEEDS; do for t in $ALL; do for strength in 1.25 1.5; do
         echo ${t}x${strength/./}-$s=$R/$t-$s/lora,scale=$strength
     done; done; done)
+fi
+evaluate test --tasks $(files "$ALL" test) $scores --models base $(loras $singles $mixes $students $ups) \
+    $(loras $others $more $chosen) $(if [ -e $R/ensemble-0.done ]; then loras mergeall $(every_seed ensemble); fi) \
+    $(for s in $SEEDS; do for t in compose ocr; do
+        echo ${t}guided-$s=$R/$t-$s/lora,guidance=1.5
+    done; done) $strong
 new="--samples-per-prompt 2 --models base $(loras $(every_seed compose ocr scene mixq1 opd))"
 evaluate new --tasks compose=toy/prompts/new_compose.txt ocr=toy/prompts/new_ocr.txt \
     --reward toy.compose toy.ocr toy.quality $new
 evaluate both --tasks both=toy/prompts/new_both.txt --reward toy.ocr toy.scene toy.quality $new
 evaluate pairs --tasks $(files "$ALL" val) $scores --samples-per-prompt 2 \
-    --models base $(loras $(every_seed quality mixq1 up{quality,best})) \
-    $(loras $(every_seed opd{,calm0,strong,guided,x125,x15,best}))
+    --models base $(loras $(every_seed quality mixq1 opdcalm0 opd opdstrong) $pairs)
 python experiments/tables.py

@@ -2,7 +2,7 @@
 front.png, curves.png and samples.png into this folder, and the tables also into its README.md, between two
 comments.
 
-    python experiments/tables.py
+    python experiments/tables.py             # --merges: print which ones are best on validation prompts
 
 Every arm has a run for each seed, with teachers of that seed: its mean ± its standard error over the seeds,
 which contains the teachers' luck. The base has one, and the standard error over its prompts. "average" is of
@@ -317,6 +317,8 @@ def best_mix():
 def merges():
     """{label: arm} of the best merge of every family, on validation prompts."""
     val, best = read("val"), {}
+    if "sum3" not in val:  # only `reproduce.sh more` has them
+        return {}
     for label, arms in MERGES.items():
         closed = {setting: summary(val[arm], label)["scores"]["average"] for setting, arm in arms.items()}
         setting = max(closed, key=closed.get)
@@ -349,8 +351,9 @@ def over_the_mix():
     label = {arm: label for label, arm in MAIN.items()}
     shown = ("teachers", "opd", "opdsft", "paper", "opdq", "opdguided", "upquality")
     bullets({label[arm]: arm for arm in shown}, best)
-    page.append("Merges without training, over Flow-OPD from merge:")
-    bullets({"average": "merge"} | merges(), "opd")
+    if merges():
+        page.append("Merges without training, over Flow-OPD from merge:")
+        bullets({"average": "merge"} | merges(), "opd")
 
 
 def stronger():
@@ -437,7 +440,8 @@ def write_page():
     table("(i) Other methods, 1,280 pictures each, from the merge", "test", OTHERS, default="opdcalm0")
     surpassing()
     costs()
-    stronger()
+    if "upbest" in read("test"):
+        stronger()
     times = ", ".join(f"{label} {median_seconds(arm):.1f}" for label, arm in SECONDS.items())
     page.append(f"Median seconds of a rollout and its updates, one thread, two runs at a time: {times}.")
 
@@ -522,6 +526,8 @@ def draw_samples():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--merges"]:
+        raise SystemExit(print(*merges().values()))
     write_page()
     draw_front()
     draw_curves()

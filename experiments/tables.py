@@ -85,14 +85,14 @@ MAR = {
 }
 MERGES = {  # without training: {label: {setting: arm}}
     "sum of the three × {}": {"0.5": "sum15", "0.7": "sum21", "1": "sum3"},
-    "the same at rank 16 by SVD × {}": {"0.5": "svd15", "0.7": "svd21", "1": "svd3"},
+    "sum at rank 16 by SVD × {}": {"0.5": "svd15", "0.7": "svd21", "1": "svd3"},
     "TIES, density {}": {"0.2": "ties2", "0.3": "ties3", "0.5": "ties5"},
     "DARE-TIES, density {}": {"0.2": "dare2", "0.3": "dare3", "0.5": "dare5"},
 }
 STRONGER = {
     "the three teachers, each on its own task": "teachers",
-    "the same at strength 1.25": "teachersx125",
-    "the same at strength 1.5": "teachersx15",
+    "the three teachers at strength 1.25": "teachersx125",
+    "the three teachers at strength 1.5": "teachersx15",
     "Flow-OPD, no anchor": "opdcalm0",
     "Flow-OPD, teachers at 1.25": "opdx125",
     "Flow-OPD, teachers at 1.5": "opdx15",
@@ -469,6 +469,7 @@ def draw_front():
         style = dict(marker="o", markersize=4, capsize=2, linestyle="" if label == "merge:" else "-")
         axis.errorbar(x, y, y_error, x_error, label=label.strip(":"), **style)
         for value, text in zip(zip(x, y), arms):
+            text = text.partition(" ")[0].strip(",")  # of a merge its kind
             axis.annotate(text, value, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axis.set(xlabel="calm, on all prompts", ylabel="mean of the three tasks")
     axis.grid(alpha=0.3)

@@ -320,8 +320,8 @@ def merges():
     if "sum3" not in val:  # only `reproduce.sh more` has them
         return {}
     for label, arms in MERGES.items():
-        closed = {setting: summary(val[arm], label)["scores"]["average"] for setting, arm in arms.items()}
-        setting = max(closed, key=closed.get)
+        average = {setting: summary(val[arm], label)["scores"]["average"] for setting, arm in arms.items()}
+        setting = max(average, key=average.get)
         best[label.format(setting)] = arms[setting]
     return best
 

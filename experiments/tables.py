@@ -528,7 +528,8 @@ def draw_samples():
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--merges"]:
-        raise SystemExit(print(*merges().values()))
+        print(*merges().values())
+        raise SystemExit
     write_page()
     draw_front()
     draw_curves()
